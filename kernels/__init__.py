@@ -1,0 +1,1 @@
+"""Triton kernels of ssod_fast, installed as `ssod_fast.kernels`."""
