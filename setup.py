@@ -54,7 +54,9 @@ def extensions() -> tuple[list, dict]:
         return [], {}
     home = None if kind == "cpu" else find_cuda_home()
     if kind == "cuda" and home is None:
-        raise SystemExit("SSOD_FAST_BUILD=cuda, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds include/cuda_runtime.h")
+        raise SystemExit(
+            "SSOD_FAST_BUILD=cuda, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds include/cuda_runtime.h"
+        )
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # before torch.utils.cpp_extension makes its own guess
 

@@ -1,0 +1,100 @@
+"""The wheel is abi3, carries kernels/ once as ssod_fast.kernels, and imports cleanly from anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = "import sys, ssod_fast, ssod_fast.kernels as k; print(ssod_fast.__file__); print(k.__file__); assert 'kernels' not in sys.modules"
+
+
+def run(args: list[str], cwd: Path, **env: str) -> str:
+    done = subprocess.run(args, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(out)], cwd=ROOT)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)], cwd=target)
+    return target
+
+
+def test_wheel_is_abi3(wheel: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name
+
+
+def test_wheel_contents(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ssod_fast/_C.abi3.so" in names
+    assert "ssod_fast/py.typed" in names
+    assert names.count("ssod_fast/kernels/__init__.py") == 1
+    kernels = {Path(p).name for p in (ROOT / "kernels").glob("*.py")}
+    assert {Path(n).name for n in names if n.startswith("ssod_fast/kernels/")} == kernels
+    top = {n.split("/")[0] for n in names}
+    assert top == {"ssod_fast", next(t for t in top if t.endswith(".dist-info"))}
+
+
+def test_source_distribution_can_build(tmp_path: Path) -> None:
+    run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)], cwd=ROOT, SSOD_FAST_BUILD="none")
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    for source in [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels").glob("*.py")]:
+        assert str(source.relative_to(ROOT)) in names
+
+
+@pytest.mark.parametrize("place", ["/", "site"])
+def test_installed_wheel_imports(site: Path, place: str) -> None:
+    cwd = Path("/") if place == "/" else site
+    out = run([sys.executable, "-c", PROBE], cwd=cwd, PYTHONPATH=str(site))
+    assert all(line.startswith(str(site)) for line in out.splitlines())
+
+
+def test_installed_wheel_registers_its_kernels(site: Path) -> None:
+    out = run([sys.executable, "-m", "ssod_fast.ops"], cwd=Path("/"), PYTHONPATH=str(site))
+    assert "box_iou" in out
+    assert "C++" in out
+
+
+@pytest.mark.parametrize("cwd", [Path("/"), ROOT], ids=["root folder", "source tree"])
+def test_editable_install_imports(cwd: Path) -> None:
+    out = run([sys.executable, "-c", PROBE], cwd=cwd)
+    assert all("ssod_fast" in line for line in out.splitlines())
+
+
+def test_import_is_pure(tmp_path: Path) -> None:
+    """Importing writes nothing, opens no socket, starts no process and loads none of the [train] extra."""
+    code = (
+        "import sys\n"
+        "import torch, numpy, torch._dynamo\n"
+        "seen = []\n"
+        "def hook(event, args):\n"
+        "    writes = event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+')\n"
+        "    if writes or event.startswith(('socket.', 'subprocess.')):\n"
+        "        seen.append((event, args))\n"
+        "sys.dont_write_bytecode = True\n"
+        "sys.addaudithook(hook)\n"
+        "import ssod_fast, ssod_fast.ops, ssod_fast.kernels\n"
+        "assert not seen, seen\n"
+        "extras = {'accelerate', 'tyro', 'yaml', 'rich', 'matplotlib', 'faster_coco_eval', 'pycocotools', 'transformers'}\n"
+        "assert not extras & set(sys.modules), extras & set(sys.modules)\n"
+    )
+    run([sys.executable, "-c", code], cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
