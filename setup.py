@@ -75,13 +75,14 @@ def extensions() -> tuple[list, dict]:
         )
     ]
     if home is not None:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
+        shown = "_".join(archs.replace(";", " ").split())  # a macro cannot hold the semicolons
         mods.append(
             CUDAExtension(
                 "ssod_fast._C_cuda",
                 ["csrc/cuda/library.cpp", *sources("csrc/cuda", "*.cu")],
                 include_dirs=[str(ROOT / "csrc")],
-                extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
+                extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA", f"-DSSOD_FAST_ARCHS={shown}"], "nvcc": NVCC_FLAGS},
                 py_limited_api=True,
             )
         )

@@ -20,10 +20,11 @@ _LIB = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 @dataclass(frozen=True)
 class ExtensionStatus:
-    """Whether a compiled module is loaded, and why not."""
+    """Whether a compiled module is loaded, how it was built, or why it is not there."""
 
     name: str
     loaded: bool
+    build: str | None = None
     error: str | None = None
 
 
@@ -38,10 +39,10 @@ class OpStatus:
 
 def _load(module: str) -> ExtensionStatus:
     try:
-        importlib.import_module(f"ssod_fast.{module}")
+        loaded = importlib.import_module(f"ssod_fast.{module}")
     except (ImportError, OSError) as error:  # not built, or linked against another CUDA runtime
         return ExtensionStatus(module, loaded=False, error=str(error))
-    return ExtensionStatus(module, loaded=True)
+    return ExtensionStatus(module, loaded=True, build=loaded.build)
 
 
 EXTENSIONS: tuple[ExtensionStatus, ...] = (_load("_C"), _load("_C_cuda"))

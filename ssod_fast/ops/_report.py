@@ -46,7 +46,9 @@ def collect() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             **{p: _version(p) for p in ("torchvision", "triton", "numpy")},
         },
-        "extensions": [{"name": e.name, "loaded": e.loaded, "file": _extension(e.name), "error": e.error} for e in EXTENSIONS],
+        "extensions": [
+            {"name": e.name, "loaded": e.loaded, "build": e.build, "file": _extension(e.name), "error": e.error} for e in EXTENSIONS
+        ],
         "gpus": _gpus(),
         "ops": [{"name": s.name, "cpu": s.cpu, "cuda": s.cuda} for s in op_statuses()],
     }
@@ -56,7 +58,7 @@ def format_table(info: dict[str, Any]) -> str:
     """The same as text."""
     lines = ["  ".join(f"{k} {v}" for k, v in info["versions"].items() if v)]
     for e in info["extensions"]:
-        state = "loaded" if e["loaded"] else f"not loaded ({(e['error'] or '').splitlines()[0]})"
+        state = f"loaded ({e['build']})" if e["loaded"] else f"not loaded ({(e['error'] or '').splitlines()[0]})"
         lines.append(f"ssod_fast.{e['name']}: {state}  {e['file']}")
     lines += [f"GPU: {g['name']} {g['arch']} {g['memory_gib']} GiB" for g in info["gpus"]] or ["GPU: none"]
     width = max([len(o["name"]) for o in info["ops"]], default=2) + 2
