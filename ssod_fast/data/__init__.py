@@ -1,0 +1,1 @@
+"""Readers, splits, views and loaders."""
