@@ -1,0 +1,62 @@
+"""Files that are either whole or absent, whenever the process dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def atomic(path: Path, keep_previous: bool = False) -> Iterator[Path]:
+    """Yields a temporary path in the same folder and renames it to `path` at the end of the block.
+
+    Args:
+        path: final name.
+        keep_previous: leave what stood there under `<stem>.previous<suffix>`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())  # a rename may reach the disk before the data does
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where :func:`atomic` leaves the file that it replaces."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def require_writable(folder: Path) -> None:
+    """Creates a folder and proves that a file can be written there.
+
+    Raises:
+        PermissionError: it cannot; the message names the folder and the cause.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as handle:
+            handle.write(b"\0" * 4096)
+            handle.flush()
+    except OSError as error:
+        raise PermissionError(f"cannot write to the run folder {folder}: {error.strerror or error}; choose another with --out") from error
