@@ -1,0 +1,122 @@
+"""The report in a few plain sentences: what was reached, against what, and whether the pseudo labels can be trusted."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from ssod_fast.report.charts import final_metrics
+from ssod_fast.report.runs import Run, last_value, number, series
+
+# Config keys that name a run rather than change it.
+_NAMING_KEYS = ("name", "out", "output", "run_dir", "overwrite", "resume", "workers", "logger", "hidden_gt")
+GOOD_PRECISION = 0.7
+LOW_GATE = 0.3
+
+
+def verdict(runs: Sequence[Run]) -> list[str]:
+    """Plain sentences for the head of the page; unescaped text."""
+    sentences = [sentence for group in _by_method(runs) for sentence in [_reached(group)] if sentence]
+    sentences += _comparison(runs)
+    for run in runs:
+        if not run.is_baseline:
+            sentences += [s for s in (_pseudo_quality(run), _gate(run), _teacher_student(run)) if s]
+    return sentences + [s for run in runs for s in [_warnings(run)] if s]
+
+
+def final_ap(run: Run, metric: str = "AP50", role: str | None = None) -> float:
+    """The metric of the reported model at the last evaluation in percent, NaN if there is none."""
+    value = number(final_metrics(run, role or run.main_model).get(metric))
+    return math.nan if value == -1.0 else 100.0 * value
+
+
+def _by_method(runs: Sequence[Run]) -> list[list[Run]]:
+    return [[run for run in runs if run.method == method] for method in dict.fromkeys(run.method for run in runs)]
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (mean ± standard deviation of {len(values)} runs)"
+
+
+def _reached(group: Sequence[Run]) -> str:
+    scored = [run for run in group if math.isfinite(final_ap(run))]
+    if not scored:
+        return f"{group[0].label}: no AP was measured."
+    who = "The supervised baseline" if group[0].is_baseline else f"The {scored[0].main_model} of {group[0].method}"
+    ap50, ap = (_mean_text([final_ap(run, metric) for run in scored]) for metric in ("AP50", "AP"))
+    last = scored[0].evals[-1]["it"]
+    return f"{who} reaches AP50 {ap50}, AP {ap} after {last} iterations."
+
+
+def _comparison(runs: Sequence[Run]) -> list[str]:
+    """Difference between each semi-supervised method and the baseline, and whether the comparison is fair."""
+    baseline = [run for run in runs if run.is_baseline and math.isfinite(final_ap(run))]
+    sentences = []
+    for group in _by_method([run for run in runs if not run.is_baseline and math.isfinite(final_ap(run))]):
+        if not baseline:
+            continue
+        gap = statistics.mean(final_ap(run) for run in group) - statistics.mean(final_ap(run) for run in baseline)
+        word = "above" if gap > 0 else "below"
+        sentences.append(f"{group[0].method} is {abs(gap):.1f} AP50 points {word} the supervised baseline.")
+        sentences.append(_fairness(group[0], baseline[0]))
+    return sentences
+
+
+def differing_settings(run: Run, baseline: Run) -> list[str]:
+    """Dotted config keys that both runs have with different values, except those that only name the run or belong to the method."""
+    a, b = run.config, baseline.config
+    shared = [key for key in a if key in b and a[key] != b[key]]
+    return [key for key in shared if not key.startswith("method") and key.rsplit(".", 1)[-1] not in _NAMING_KEYS]
+
+
+def _fairness(run: Run, baseline: Run) -> str:
+    differing = differing_settings(run, baseline)
+    if run.info.get("split_hash") != baseline.info.get("split_hash"):
+        differing.insert(0, "labelled split")
+    if run.info.get("labeled") != baseline.info.get("labeled"):
+        differing.insert(0, "number of labelled images")
+    if not differing:
+        return "Both share the labelled images, the seed and every setting that both have."
+    return "Careful, the runs differ in more than the method: " + ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "") + "."
+
+
+def _pseudo_quality(run: Run) -> str:
+    if not run.quality:
+        return ""
+    last = {key: last_value(series(run.quality, key)) for key in ("precision", "recall", "kept_per_image", "truth_per_image", "thr")}
+    if not math.isfinite(last["precision"]):
+        return f"{run.label}: no pseudo label was kept at the last evaluation, so their precision is unknown."
+    trust = "can be trusted" if last["precision"] >= GOOD_PRECISION else "are often wrong: raise the threshold or burn in longer"
+    counts = f" ({last['kept_per_image']:.1f} of {last['truth_per_image']:.1f} per image)" if math.isfinite(last["truth_per_image"]) else ""
+    threshold = f" above score {last['thr']:g}" if math.isfinite(last["thr"]) else ""
+    source = "the hidden truth" if run.quality[-1].get("source") == "hidden" else "the validation images, as a stand-in"
+    return (
+        f"{run.label}: judged by {source}, {100 * last['precision']:.0f} % of the pseudo boxes{threshold} are right and they find "
+        f"{100 * last['recall']:.0f} % of the objects{counts}; they {trust}."
+    )
+
+
+def _gate(run: Run) -> str:
+    values = [value for value in series(run.train, "pseudo/gate")[1] if math.isfinite(value)]
+    if not values:
+        return ""
+    rate = statistics.mean(values)
+    tail = " For most of the run the unlabelled images taught nothing: lower the threshold or burn in longer." if rate < LOW_GATE else ""
+    return f"{run.label}: the pseudo-label loss was on in {100 * rate:.0f} % of the logged steps.{tail}"
+
+
+def _teacher_student(run: Run) -> str:
+    teacher, student = final_ap(run, role="teacher"), final_ap(run, role="student")
+    if not (math.isfinite(teacher) and math.isfinite(student)):
+        return ""
+    if teacher < student:
+        return f"{run.label}: the teacher ({teacher:.1f}) is worse than its student ({student:.1f}): its moving average is too slow."
+    return f"{run.label}: the teacher is {teacher - student:.1f} AP50 points ahead of its student."
+
+
+def _warnings(run: Run) -> str:
+    count = sum(event.get("level") == "warning" for event in run.events)
+    return f"{run.label}: {count} warning{'s' if count > 1 else ''} during training, listed below." if count else ""
