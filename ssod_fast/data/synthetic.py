@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Plane = NDArray[np.float32]
+Plane = NDArray[Any]  # float32 [h, w], or [h, w, 3] where it says so
 Rng = np.random.Generator
 
 
@@ -41,7 +41,8 @@ def _cross(u: Plane, v: Plane) -> Plane:
 
 
 def _star(u: Plane, v: Plane) -> Plane:
-    return 0.8 * (np.hypot(u, v) - 0.7 - 0.25 * np.cos(5 * np.arctan2(v, u)))
+    outline: Plane = 0.7 + 0.25 * np.cos(5 * np.arctan2(v, u))
+    return 0.8 * (np.hypot(u, v) - outline)
 
 
 # Textures: share of the second colour in [0, 1]; p is the number of periods across the object.
@@ -172,7 +173,7 @@ def _write_images(scenes: Any, folder: Path) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for name, pixels, boxes, labels in scenes:
-        options = {"quality": 92} if name.endswith("jpg") else {"compress_level": 1}
+        options: dict[str, Any] = {"quality": 92} if name.endswith("jpg") else {"compress_level": 1}
         Image.fromarray(pixels).save(folder / name, **options)
         image_id = len(images) + 1
         images.append({"id": image_id, "file_name": name, "height": pixels.shape[0], "width": pixels.shape[1]})
@@ -238,10 +239,8 @@ def _leaves_visible(
 ) -> bool:
     """True if every object under `solid` keeps at least `share` of its area in view."""
     covered = seen[solid]
-    for k in np.unique(covered[covered >= 0]).tolist():
-        if (owner == k).sum() - (covered == k).sum() < share * areas[k]:
-            return False
-    return True
+    below = np.unique(covered[covered >= 0]).tolist()
+    return all((owner == k).sum() - (covered == k).sum() >= share * areas[k] for k in below)
 
 
 def _local_frame(config: SceneConfig, radius: float, rng: Rng) -> tuple[tuple[slice, slice], Plane, Plane]:
@@ -293,7 +292,8 @@ def _cloud(size: tuple[int, ...], cells: int, rng: Rng) -> Plane:
     from PIL import Image
 
     grid = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
-    return np.clip(np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC)), 0, 1)
+    smooth: Plane = np.asarray(grid.resize((size[1], size[0]), Image.Resampling.BICUBIC)).clip(0, 1)
+    return smooth
 
 
 def _blend(window: Plane, alpha: Plane, mix: Plane, first: NDArray[np.float32], second: NDArray[np.float32]) -> None:
@@ -304,7 +304,7 @@ def _blend(window: Plane, alpha: Plane, mix: Plane, first: NDArray[np.float32], 
 def _rgb(hue: float, saturation: float, value: float) -> NDArray[np.float32]:
     import colorsys
 
-    return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value), np.float32) * 255
+    return np.array([255 * c for c in colorsys.hsv_to_rgb(hue % 1.0, saturation, value)], np.float32)
 
 
 def _extent(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
