@@ -119,7 +119,8 @@ class CocoEvaluator:
         columns = (prediction["boxes"].double(), prediction["scores"].double()[:, None], prediction["labels"].double()[:, None])
         rows = torch.cat(columns, dim=1).cpu().numpy()
         rows = rows[np.isfinite(rows).all(1) & (rows[:, 4] > self.score_thr)]
-        return rows[np.argsort(-rows[:, 4], kind="stable")[: self.max_dets]]
+        best: np.ndarray = rows[np.argsort(-rows[:, 4], kind="stable")[: self.max_dets]]
+        return best
 
     def gather(self) -> None:
         """Joins the detections of all ranks; an image that several ranks saw (padding of the sampler) counts once."""

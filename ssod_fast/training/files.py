@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +20,26 @@ def atomic(path: Path, keep_previous: bool = False) -> Iterator[Path]:
         path: final name.
         keep_previous: leave what stood there under `<stem>.previous<suffix>`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())  # a rename may reach the disk before the data does
         if keep_previous and path.exists():
-            os.replace(path, previous(path))
+            _second_name(path, previous(path))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _second_name(path: Path, other: Path) -> None:
+    """Makes `other` a second name of the file, so that `path` exists at every moment."""
+    temporary = other.with_name(f".{other.name}.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
 
 
 def previous(path: Path) -> Path:

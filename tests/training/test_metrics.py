@@ -93,5 +93,5 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
 def test_unwritable_run_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(PermissionError, match="cannot write to the run folder .*choose another with --out"):
+    with pytest.raises(PermissionError, match=r"cannot write to the run folder .*choose another with --out"):
         require_writable(blocker / "run")
