@@ -1,5 +1,6 @@
 """Detectors: the protocol that methods rely on, and adapters that make torchvision models follow it."""
 
+from .from_torchvision import from_torchvision
 from .protocol import IMAGENET, Detector, ImageBatch, PixelStats, capabilities, preprocess, require
 
-__all__ = ["IMAGENET", "Detector", "ImageBatch", "PixelStats", "capabilities", "preprocess", "require"]
+__all__ = ["IMAGENET", "Detector", "ImageBatch", "PixelStats", "capabilities", "from_torchvision", "preprocess", "require"]

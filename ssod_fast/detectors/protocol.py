@@ -1,7 +1,7 @@
 """What a method may ask of a detector: two methods, a few optional capabilities, and one image batch.
 
-Any `torch.nn.Module` with the attributes of :class:`Detector` takes part in training; nothing has to be inherited. Optional capabilities are
-found by attribute, and :func:`require` turns a missing one into an error when a method is built instead of thousands of iterations later.
+Any `torch.nn.Module` with the attributes of :class:`Detector` takes part in training; nothing has to be inherited. Optional capabilities
+are found by attribute, and :func:`require` turns a missing one into an error when a method is built instead of thousands of steps later.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from ssod_fast.ops.compose import compose_images
+from ssod_fast.ops.compose_plan import ComposePlan, Placement
 
 if TYPE_CHECKING:
     from ssod_fast.structures import PaddedTargets, Target
@@ -153,12 +156,11 @@ def preprocess(images: Sequence[Tensor], stats: PixelStats, stride: int = 32, ou
     """
     _check_images(images, stride)
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
-    height, width = (-(-max(size[axis] for size in sizes) // stride) * stride for axis in (0, 1))
-    tensor = images[0].new_zeros((len(images), 3, height, width), dtype=torch.float32)
-    mean, std = (_channels(values, images[0].device) for values in (stats.mean, stats.std))
-    for out, image, (h, w) in zip(tensor, images, sizes, strict=True):
-        out[:, :h, :w] = (image.float() - mean) / std
-    return ImageBatch(tensor.to(out_dtype), sizes)
+    plan = ComposePlan.from_placements(sizes, [[Placement(i, size)] for i, size in enumerate(sizes)])
+    tensor = compose_images(
+        images, plan, out_hw=plan.padded_hw(stride), mean=stats.mean, std=stats.std, interp="nearest", out_dtype=out_dtype
+    )
+    return ImageBatch(tensor, sizes)
 
 
 def as_image_batch(images: ImageBatch | Sequence[Tensor], stats: PixelStats, stride: int) -> ImageBatch:
@@ -183,8 +185,3 @@ def _check_images(images: Sequence[Tensor], stride: int) -> None:
 
 def _describe(images: Any) -> str:
     return f"a tensor of shape {list(images.shape)}" if isinstance(images, Tensor) else "an empty list"
-
-
-def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
