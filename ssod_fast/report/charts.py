@@ -90,7 +90,9 @@ def _class_ap(runs: Sequence[Run]) -> Panel | None:
     names = [name for name in class_names(runs) if any(name in table for table in found)][:MAX_CLASSES]
     values = [[_class_value(table, name) for name in names] for table in found]
     groups = [Bars(run.label, row, i) for i, (run, row) in enumerate(zip(runs, values, strict=True))]
-    return plots.dots("ap_class", "AP by class", names, groups, xlabel="AP", caption="Last evaluation, the reported model of each run.")
+    return plots.dots(
+        "ap_class", "AP by class", names, groups, xlabel="AP", span=(-1.5, None), caption="Last evaluation, the reported model of each run."
+    )
 
 
 def _class_value(table: Json, name: str) -> float:

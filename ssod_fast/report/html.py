@@ -100,6 +100,10 @@ def _figure(panel: Panel) -> str:
     return f"<figure><h3>{text(panel.title)}</h3>{inline(panel.svg, panel.key, text(panel.alt))}{caption}</figure>"
 
 
+def _left_out(count: int) -> str:
+    return f" Only the first {previews.MAX_RUNS} of {count} runs are shown." if count > previews.MAX_RUNS else ""
+
+
 _SWITCHES = "".join(
     f'<label><input type="checkbox" class="show-{name}" checked>{words}</label>'
     for name, words in (
@@ -113,7 +117,7 @@ _SWITCHES = "".join(
 def _images(runs: Sequence[Run]) -> str:
     """The image section of every run that wrote previews."""
     blocks = []
-    for i, run in enumerate(runs):
+    for i, run in enumerate(runs[: previews.MAX_RUNS]):
         strip, mixed = previews.strip(run, f"shot{i}"), previews.mixed(run)
         if not (strip or mixed):
             continue
@@ -126,5 +130,8 @@ def _images(runs: Sequence[Run]) -> str:
         blocks.append(f"{heading}{strip}{mixed_block}")
     if not blocks:
         return '<section><h2>Images</h2><p class="missing">No run wrote preview images.</p></section>'
-    intro = '<p class="note">The same images at up to four evaluations. Boxes above the score threshold are bold and named.</p>'
+    words = (
+        "The same images at up to four evaluations (on a narrow screen the first and the last). Bold and named: above the score threshold."
+    )
+    intro = f'<p class="note">{words}{_left_out(len(runs))}</p>'
     return f'<section class="images"><h2>Images</h2>{intro}<div class="switches">{_SWITCHES}</div>{"".join(blocks)}</section>'

@@ -25,10 +25,10 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the font of the page
     "svg.hashsalt": "ssod_fast",  # the same run gives the same bytes
     "font.family": "sans-serif",
-    "font.size": 11.0,
-    "axes.labelsize": 11.0,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
+    "font.size": 12.0,
+    "axes.labelsize": 12.0,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
     "axes.edgecolor": svg.GRID,
     "axes.labelcolor": svg.MUTED,
     "xtick.color": svg.GRID,
@@ -118,8 +118,8 @@ def _finish(fig: Figure) -> str:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Centred running mean over a fifteenth of the curve, NaN left out: follows the trend without a delay."""
-    half = max(1, len(values) // 30)
+    """Centred running mean over an eighth of the curve, NaN left out: follows the trend without a delay."""
+    half = max(1, len(values) // 16)
     windows = ([v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)] for i in range(len(values)))
     return [sum(w) / len(w) if w else math.nan for w in windows]
 
@@ -130,7 +130,7 @@ def _draw(ax: Axes, curve: Curve) -> None:
     if curve.smooth and len(x) >= SMOOTH_FROM:
         ax.plot(x, y, color=color, alpha=0.25, linewidth=0.9)
         y = smoothed(y)
-    marker = "o" if is_short and curve.color >= 0 else None
+    marker = "o" if is_short and curve.dash != ":" else None
     ax.plot(x, y, color=color, linestyle=curve.dash, linewidth=1.2 if curve.color < 0 else 1.9, marker=marker, markersize=3.4)
 
 
@@ -214,7 +214,7 @@ def bars(
             at = [i + offset for i in range(len(categories))]
             drawn = ax.barh(at, values, height=0.8 / len(groups) * 0.86, color=_color(group.color))
             text = [f" {v:.3g}" if math.isfinite(v) else " n/a" for v in group.values]
-            ax.bar_label(drawn, labels=text, fontsize=10, color=svg.MUTED)
+            ax.bar_label(drawn, labels=text, fontsize=11, color=svg.MUTED)
         _category_axis(ax, categories)
         if log:
             ax.set_xscale("symlog", linthresh=10)
@@ -231,7 +231,7 @@ def dots(
     *,
     caption: str = "",
     xlabel: str = "",
-    span: tuple[float, float] | None = None,
+    span: tuple[float, float | None] | None = None,
 ) -> Panel | None:
     """One row for each category with a dot for each group, None without a finite value."""
     if not any(math.isfinite(v) for g in groups for v in g.values):
@@ -279,12 +279,12 @@ def stacked(key: str, title: str, rows: Sequence[str], parts: dict[str, Sequence
                 linewidth=1.5,
                 label=name,
             )
-            ax.bar_label(drawn, labels=[f"{v:.0f}" if v >= 6 else "" for v in values], label_type="center", fontsize=10, color=svg.SURFACE)
+            ax.bar_label(drawn, labels=[f"{v:.0f}" if v >= 6 else "" for v in values], label_type="center", fontsize=11, color=svg.SURFACE)
             left = [a + b for a, b in zip(left, values, strict=True)]
         _category_axis(ax, rows)
         ax.set_xlim(0, 100)
         ax.set_xlabel("% of the time of a step")
-        fig.legend(loc="outside upper left", ncols=min(4, len(parts)), frameon=False, fontsize=10.5, handlelength=1.0, columnspacing=1.2)
+        fig.legend(loc="outside upper left", ncols=min(4, len(parts)), frameon=False, fontsize=11.5, handlelength=1.0, columnspacing=1.2)
         words = "; ".join(
             f"{name}: " + ", ".join(f"{r} {100 * v:.0f} %" for r, v in zip(rows, shares, strict=True)) for name, shares in parts.items()
         )

@@ -16,13 +16,15 @@ from ssod_fast.report.runs import Json, Run, last_value, series
 from ssod_fast.report.tables import text
 
 PREVIEW_FOLDER = "pseudo_preview"
+MAX_RUNS = 4  # with images; more would make the page too heavy to send
 MAX_STEPS = 4  # evaluations shown: first, two in the middle, last
-MAX_IMAGES = 8  # images of one strip
+MAX_IMAGES = 6  # images of one strip
 MAX_MIXED = 4  # mixed inputs of one evaluation
 MAX_BOXES = 60  # of one layer of one picture
 MIN_SCORE = 0.05  # weaker boxes would only hide the picture
 MAX_SIDE = 480  # pixels of an embedded JPEG
 MAX_BYTES = 90_000  # of an embedded JPEG; larger files are encoded anew
+UNITS = 300.0  # line widths and text are given for a picture whose longer side is so many pixels wide
 DEFAULT_THRESHOLD = 0.5  # split between strong and weak boxes where the run logged no threshold
 # Bright hues that stand out on photographs and stay apart for colour-blind readers; the class name stands beside the box.
 CLASS_COLORS = ("#ffb000", "#56b4e9", "#ff6f4f", "#3ddc97", "#f0e442", "#e58fc4", "#b9a7ff", "#ffffff")
@@ -127,10 +129,7 @@ def _labelled_box(box: Sequence[float], label: int, score: float | None, classes
         return rect
     caption = _name(label, classes) + ("" if score is None else f" {score:.2f}".replace("0.", "."))
     x, y = box[0] + unit, box[1] - 3 * unit if box[1] > 13 * unit else box[1] + 11 * unit
-    return (
-        rect
-        + f'<text x="{x:.1f}" y="{y:.1f}" font-size="{11 * unit:.1f}" stroke-width="{2.6 * unit:.1f}" fill="{color}">{text(caption)}</text>'
-    )
+    return rect + f'<text x="{x:.1f}" y="{y:.1f}" stroke-width="{2.6 * unit:.1f}" fill="{color}">{text(caption)}</text>'
 
 
 def _student_box(box: Sequence[float], label: int, unit: float) -> str:
@@ -156,7 +155,8 @@ def _frame(width: float, height: float, href: str, body: str, alt: str) -> str:
         if href.startswith("#")
         else f'<image href="{href}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
     )
-    return f'<svg class="shot" role="img" aria-label="{alt}" viewBox="0 0 {width:g} {height:g}">{image}{body}</svg>'
+    frame = f'style="--unit: {max(width, height) / UNITS:.3f}px" viewBox="0 0 {width:g} {height:g}"'
+    return f'<svg class="shot" role="img" aria-label="{alt}" {frame}>{image}{body}</svg>'
 
 
 # --- the same images at each evaluation ---------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def _strip_row(run: Run, shown: _Strip, image_id: Any, key: str, folder: Path) -
     if picture is None:
         return f'<p class="missing">Image {text(image_id)} cannot be read.</p>'
     width, height = _size(entries[0][1], picture)
-    unit, threshold = max(width, height) / 300.0, threshold_of(run)
+    unit, threshold = max(width, height) / UNITS, threshold_of(run)
     image = f'<image id="{key}" href="{picture.uri}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
     store = f'<svg class="store" aria-hidden="true">{image}</svg>'
     cells = [
@@ -254,7 +254,7 @@ def _mixed_cell(run: Run, folder: Path, it: int, entry: Json) -> str:
     picture = load_picture(folder / Path(str(entry.get("file"))).name)
     if picture is None:
         return ""
-    unit = max(picture.width, picture.height) / 300.0
+    unit = max(picture.width, picture.height) / UNITS
     boxes = "".join(_labelled_box(box, label, score, run.classes, unit, 0.0) for box, label, score in _rows(entry))
     alt = text(f"{entry.get('kind')} input at iteration {it} with {len(_rows(entry))} boxes")
     frame = _frame(picture.width, picture.height, picture.uri, f'<g class="teacher">{boxes}</g>', alt)

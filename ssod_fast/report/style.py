@@ -25,6 +25,7 @@ section, header { background: var(--surface); border: 1px solid var(--grid); bor
 p { margin: 6px 0; max-width: 90ch; }
 ul { margin: 6px 0; padding-left: 1.2em; }
 .verdict { font-size: 1.06rem; margin-top: 12px; }
+.verdict li:first-child { font-weight: 600; }
 .verdict li { margin: 4px 0; max-width: 95ch; overflow-wrap: anywhere; }
 .note, .muted, figcaption { color: var(--muted); }
 .note, figcaption { font-size: .85rem; }
@@ -67,7 +68,8 @@ summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
     align-items: start; }
 .shot { display: block; width: 100%; height: auto; border-radius: 6px; background: #000; }
 .shot rect { fill: none; vector-effect: none; }
-.shot text { font-family: system-ui, sans-serif; font-weight: 600; paint-order: stroke; stroke: rgba(0, 0, 0, .8);
+.shot text { font-size: calc(11 * var(--unit)); font-family: system-ui, sans-serif; font-weight: 600; 
+    paint-order: stroke; stroke: rgba(0, 0, 0, .8);
     stroke-linejoin: round; }
 .truth rect { stroke: #fff; filter: drop-shadow(0 0 1px #000); }
 .store { position: absolute; width: 0; height: 0; overflow: hidden; }
@@ -77,6 +79,8 @@ summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
   main { padding: 8px 8px 40px; }
   section, header { padding: 12px; border-radius: 8px; }
   .row { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .row figure:not(:first-of-type):not(:last-of-type) { display: none; }
+  .shot text { font-size: calc(17 * var(--unit)); }
   .mixed { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .facts td { min-width: 8em; }
 }

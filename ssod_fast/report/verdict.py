@@ -17,8 +17,7 @@ LOW_GATE = 0.3
 
 def verdict(runs: Sequence[Run]) -> list[str]:
     """Plain sentences for the head of the page; unescaped text."""
-    sentences = [sentence for group in _by_method(runs) for sentence in [_reached(group)] if sentence]
-    sentences += _comparison(runs)
+    sentences = _comparison(runs) + [_reached(group) for group in _by_method(runs)]
     for run in runs:
         if not run.is_baseline:
             sentences += [s for s in (_pseudo_quality(run), _gate(run), _teacher_student(run)) if s]
@@ -60,8 +59,9 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
             continue
         gap = statistics.mean(final_ap(run) for run in group) - statistics.mean(final_ap(run) for run in baseline)
         word = "above" if gap > 0 else "below"
-        sentences.append(f"{group[0].method} is {abs(gap):.1f} AP50 points {word} the supervised baseline.")
-        sentences.append(_fairness(group[0], baseline[0]))
+        sentences.append(
+            f"{group[0].method} is {abs(gap):.1f} AP50 points {word} the supervised baseline. {_fairness(group[0], baseline[0])}"
+        )
     return sentences
 
 

@@ -63,7 +63,14 @@ def _run_line(name: str, method: str, seed: int, iters: int, classes: list[str])
     }
     if method != "supervised":
         config["method"] |= {"cls_pseudo_thr": 0.4, "cache_size": 8}
-    head = {"type": "run", "name": name, "method": method, "classes": classes, "labeled": 40, "unlabeled": 0 if method == "supervised" else 360}
+    head = {
+        "type": "run",
+        "name": name,
+        "method": method,
+        "classes": classes,
+        "labeled": 40,
+        "unlabeled": 0 if method == "supervised" else 360,
+    }
     return head | {"split_hash": "9f2176a1b9c34de0aa12", "seed": seed, "config": config}
 
 
@@ -72,7 +79,11 @@ def _train_line(rng: random.Random, it: int, iters: int, method: str) -> dict:
     losses = {f"sup/{term}": base * (0.25 + 0.75 * fall) * rng.uniform(0.85, 1.15) for term, base in _TERMS}
     line = {"type": "train", "it": it, "time": it * 0.28, "lr": 0.02 * min(1.0, it / 50), "it_per_s": rng.uniform(3.2, 3.8)}
     if method != "supervised":
-        losses |= {f"{kind}/{term}": 0.6 * base * (0.4 + 0.6 * fall) * rng.uniform(0.7, 1.3) for kind in ("mixup", "mosaic") for term, base in _TERMS}
+        losses |= {
+            f"{kind}/{term}": 0.6 * base * (0.4 + 0.6 * fall) * rng.uniform(0.7, 1.3)
+            for kind in ("mixup", "mosaic")
+            for term, base in _TERMS
+        }
         line["pseudo"] = _pseudo(rng, it / iters)
     split = {"data": 0.05, "teacher": 0.2, "mix": 0.02, "student": 0.63, "optimizer": 0.1}
     return line | {"loss": sum(losses.values()), "losses": losses, "time_split": split}
@@ -104,7 +115,12 @@ def _eval_line(rng: random.Random, it: int, iters: int, method: str, classes: li
 def _quality_line(rng: random.Random, it: int, iters: int, classes: list[str]) -> dict:
     share = it / iters
     table = {
-        name: {"precision": 0.9 - 0.1 * i, "recall": max(0.0, 0.7 * share - 0.1 * i), "pseudo": int(truth * max(0.0, 0.8 * share - 0.1 * i)), "truth": truth}
+        name: {
+            "precision": 0.9 - 0.1 * i,
+            "recall": max(0.0, 0.7 * share - 0.1 * i),
+            "pseudo": int(truth * max(0.0, 0.8 * share - 0.1 * i)),
+            "truth": truth,
+        }
         for i, (name, truth) in enumerate(zip(classes, TRUTH + [5] * len(classes), strict=False))
     }
     thr = [i / 20 for i in range(1, 20)]
@@ -153,7 +169,9 @@ def _write_previews(rng: random.Random, folder: Path, iters: int, classes: list[
             for i, truth in enumerate(truths)
         ]
         (folder / f"step_{it:06d}.json").write_text(json.dumps(entries))
-        (folder / f"mixed_{it:06d}.json").write_text(json.dumps([_mixed(rng, folder, it, k, kind, classes) for k, kind in enumerate(_KINDS)]))
+        (folder / f"mixed_{it:06d}.json").write_text(
+            json.dumps([_mixed(rng, folder, it, k, kind, classes) for k, kind in enumerate(_KINDS)])
+        )
 
 
 _KINDS = ("mixup", "mixup", "mosaic", "labeled")
