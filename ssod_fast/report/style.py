@@ -68,7 +68,7 @@ summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
     align-items: start; }
 .shot { display: block; width: 100%; height: auto; border-radius: 6px; background: #000; }
 .shot rect { fill: none; vector-effect: none; }
-.shot text { font-size: calc(11 * var(--unit)); font-family: system-ui, sans-serif; font-weight: 600; 
+.shot text { font-size: calc(11 * var(--unit)); font-family: system-ui, sans-serif; font-weight: 600;
     paint-order: stroke; stroke: rgba(0, 0, 0, .8);
     stroke-linejoin: round; }
 .truth rect { stroke: #fff; filter: drop-shadow(0 0 1px #000); }
