@@ -23,7 +23,8 @@ def resize(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Matrix]:
     from torchvision.transforms.v2 import functional as tvf
 
     h, w = image.shape[1:]
-    resized: Tensor = image if (h, w) == size else tvf.resize(image, list(size), antialias=True)
+    # A copy where the size stays: the input may lie in a cache.
+    resized: Tensor = image.clone() if (h, w) == size else tvf.resize(image, list(size), antialias=True)
     return resized, np.diag([size[1] / w, size[0] / h, 1.0])
 
 

@@ -1,7 +1,7 @@
 """Views of an image for training and testing, with the matrix that carries boxes from the original into each view.
 
-The recipe is MixPL's (official configs of Czm369/MixPL): resize and flip for everyone, one colour operation for the labelled and the strong view,
-one geometric operation for the strong view alone.
+The recipe is MixPL's (official configs of Czm369/MixPL): resize and flip for everyone, one colour operation for the labelled and the strong
+view, one geometric operation for the strong view alone.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def labeled_view(image: Tensor, target: Target, config: ViewConfig, rng: Rng) ->
 
 
 def weak_strong_views(image: Tensor, config: ViewConfig, rng: Rng) -> tuple[View, View]:
-    """The teacher's view (resize, flip) and the student's (its own resize and flip, one colour and one geometric operation in random order)."""
+    """The teacher's view (resize, flip) and the student's (its own resize and flip, a colour and a geometric operation in random order)."""
     weak = _resize_flip(image, config, rng)
     strong = _resize_flip(image, config, rng)
     steps = (_colour, _geometric) if rng.random() < 0.5 else (_geometric, _colour)
@@ -156,7 +156,7 @@ def target_in_view(target: Target, view: View) -> Target:
     """Moves a target from the original frame into a view and leaves out the boxes that vanish there; other keys are kept."""
     boxes, keep = map_boxes(target["boxes"], view.matrix, view.size)
     moved = target.copy()
-    moved.update(boxes=boxes[keep], labels=target["labels"][keep])
+    moved["boxes"], moved["labels"] = boxes[keep], target["labels"][keep]
     if "weights" in target:
         moved["weights"] = target["weights"][keep]
     if "scores" in target:
