@@ -1,0 +1,4 @@
+"""Supervised training, the baseline."""
+
+from .config import SupervisedConfig as SupervisedConfig
+from .method import SupervisedMethod as SupervisedMethod
