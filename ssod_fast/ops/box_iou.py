@@ -178,7 +178,7 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor]:
     rule = Rule(mode, fmt, eps_mode, eps)
     a, b = _overlaps.corners(boxes1, rule).unsqueeze(-1), _overlaps.corners(boxes2, rule).unsqueeze(-2)
-    grad1, grad2 = _overlaps.overlap_gradients(grad.to(boxes1.dtype), a, b, rule, nan_zero)
+    grad1, grad2 = _overlaps.overlap_gradients(grad, a, b, rule, nan_zero)
     return grad1.sum(-2) if need1 else boxes1.new_empty(0), grad2.sum(-3) if need2 else boxes2.new_empty(0)
 
 
@@ -279,6 +279,6 @@ class _BoxIoU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         boxes1, boxes2 = ctx.saved_tensors
         need1, need2 = ctx.needs_input_grad[:2]
-        grad1, grad2 = _backward(grad, boxes1, boxes2, *ctx.options, need1, need2)
+        grad1, grad2 = _backward(grad.to(boxes1.dtype), boxes1, boxes2, *ctx.options, need1, need2)
         grads = _boxes.once("box_iou", (grad, boxes1, boxes2), (grad1 if need1 else None, grad2 if need2 else None))
         return *grads, None, None, None

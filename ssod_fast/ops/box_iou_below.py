@@ -107,7 +107,7 @@ def _reference(
         return below, boxes.new_empty(0)
     if matrix.shape[-1] == 0:
         return below, boxes.new_zeros(below.shape)
-    real = same & ~matrix.isnan()
+    real = same & (matrix > -math.inf)  # neither NaN nor -inf
     maxima = matrix.masked_fill(~real, -math.inf).amax(-1)
     return below, maxima.masked_fill(~real.any(-1), 0)
 

@@ -123,7 +123,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rule = Rule(mode, fmt, eps_mode, eps)
     matrix, same, local1, local2 = _overlaps.batched_pairwise(boxes1, boxes2, offsets1, offsets2, rule)
-    real = same & ~matrix.isnan()
+    real = same & (matrix > -math.inf)  # neither NaN nor -inf
     nothing = boxes1.new_empty(0), boxes1.new_empty(0, dtype=torch.int64)
     return (
         *(_best(matrix, real, -1, local2) if rows else nothing),
