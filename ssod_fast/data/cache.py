@@ -46,7 +46,7 @@ class ImageCache:
         if not self._capacity or not self._table[key, 0]:
             return None
         start, h, w = self._table[key].tolist()
-        return self._pixels[start - 1 : start - 1 + 3 * h * w].view(3, h, w)
+        return self._pixels[start - 1 : start - 1 + 3 * h * w].view(h, w, 3).permute(2, 0, 1)
 
     def put(self, key: int, image: Tensor) -> None:
         """Stores a picture if there is room."""
@@ -55,7 +55,7 @@ class ImageCache:
         start = self._claim(image.numel())
         if start is None:
             return
-        self._pixels[start : start + image.numel()].copy_(image.reshape(-1))
+        self._pixels[start : start + image.numel()].copy_(image.permute(1, 2, 0).reshape(-1))
         self._table[key, 1:] = image.shape[1:]
         self._table[key, 0] = start + 1  # last: from here on other processes may read the pixels
 

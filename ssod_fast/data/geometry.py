@@ -25,7 +25,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Matrix]:
     h, w = image.shape[1:]
     # A copy where the size stays: the input may lie in a cache.
     resized: Tensor = image.clone() if (h, w) == size else tvf.resize(image, list(size), antialias=True)
-    return resized, np.diag([size[1] / w, size[0] / h, 1.0])
+    return resized.contiguous(), np.diag([size[1] / w, size[0] / h, 1.0])
 
 
 def flip(image: Tensor) -> tuple[Tensor, Matrix]:

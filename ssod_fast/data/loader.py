@@ -157,9 +157,9 @@ class TrainLoader:
     """Endless batches for training.
 
     Iterating yields (LabeledBatch, UnlabeledBatch | None) for the iterations start_iteration, start_iteration + 1, ... Which images an
-    iteration uses and how their views look depends on (seed, rank, iteration) alone, whatever the number of workers, so a run resumes by its
-    iteration number. Images that cannot be read are replaced by the next one in their place of the stream, counted in `report`, and named once
-    in the log.
+    iteration uses and how their views look depends on (seed, rank, iteration) alone, whatever the number of workers, so a run resumes by
+    its iteration number. Images that cannot be read are replaced by the next one in their place of the stream, counted in `report`, and
+    named once in the log.
 
     Args:
         labeled: The labelled set.
