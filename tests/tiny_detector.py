@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from ssod_fast.data.batches import LabeledBatch, UnlabeledBatch
 from ssod_fast.detectors.protocol import ImageBatch, PixelStats, preprocess
 from ssod_fast.structures import PaddedTargets, Target
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 CELL = 8  # pixels per cell of the output
 
