@@ -109,11 +109,13 @@ def find_coco_json(path: Path, split: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{path} holds no COCO json: looked for *.json with {', '.join(KEYS)} in it, in {path.name}/train/ and {path.name}/annotations/"
         )
-    fitting = [f for f in found if split is not None and _is_split(f, split)] or found
-    if len(fitting) > 1:
-        names = ", ".join(str(f.relative_to(path)) for f in fitting)
+    fitting = _of_split(found, split)
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(str(f.relative_to(path)) for f in fitting or found)
+    if fitting:
         raise ValueError(f"{path} holds several annotation files ({names}): name one, or choose by split (for example split='train')")
-    return fitting[0]
+    raise ValueError(f"{path} holds no annotation file of split {split!r}, only {names}: name the file to use it all the same")
 
 
 def coco_files(folder: Path) -> list[Path]:
@@ -129,6 +131,14 @@ def _looks_like_coco(file: Path) -> bool:
         return False
     with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
         return all(view.find(f'"{key}"'.encode()) >= 0 for key in KEYS)
+
+
+def _of_split(files: list[Path], split: str | None) -> list[Path]:
+    """The files of a split; else those that belong to no other split, so that a training file never passes for a validation file."""
+    if split is None:
+        return files
+    others = [s for s in ("train", "val", "test") if s != split]
+    return [f for f in files if _is_split(f, split)] or [f for f in files if not any(_is_split(f, s) for s in others)]
 
 
 def _is_split(file: Path, split: str) -> bool:
