@@ -164,6 +164,7 @@ class PlacedSource {
     cached_row_.assign(rows_.taps, -1);
     cache_.resize(rows_.taps * kChannels * columns_.n);
     wide_.resize(columns_.last - columns_.first + 1);
+    packed_.resize(wide_.size());
     if (rows_.taps > 1 && !rows_.linear) blended_.resize(columns_.n);
   }
 
@@ -208,13 +209,17 @@ class PlacedSource {
 
   // Row y of output channel c of the source, resampled to all visible columns. A few neighbouring rows are kept.
   const float* row(int32_t y, int c) {
-    const int64_t slot = y % rows_.taps;
-    float* kept = cache_.data() + slot * kChannels * columns_.n;
+    const int64_t slot = y % rows_.taps, n = columns_.n;
+    float* kept = cache_.data() + slot * kChannels * n;
     if (cached_row_[slot] != y) {
-      for (int channel = 0; channel < kChannels; ++channel) resample(kept + channel * columns_.n, y, channel);
       cached_row_[slot] = y;
+      if (mix_.dtype == ScalarType::Byte && !columns_.run) {
+        resample_bytes(kept, kept + n, kept + 2 * n, y);
+      } else {
+        for (int channel = 0; channel < kChannels; ++channel) resample(kept + channel * n, y, channel);
+      }
     }
-    return kept + c * columns_.n;
+    return kept + c * n;
   }
 
   void resample(float* dst, int32_t y, int c) {
@@ -222,20 +227,49 @@ class PlacedSource {
     widen_row(wide_.data(), y, c);
     const float* src = wide_.data() - columns_.first;
     const int32_t* index = columns_.index.data();
+    const float* weight = columns_.weight.data();
     const int64_t n = columns_.n;
     if (columns_.taps == 1) return rows::gather(dst, src, index, n);
-    if (columns_.linear) return rows::gather_linear(dst, src, index, index + n, columns_.weight.data(), n);
+    if (columns_.linear) return rows::gather_linear(dst, src, index, index + n, weight, n);
     rows::fill(dst, 0.0f, n);
+    for (int tap = 0; tap < columns_.taps; ++tap) rows::gather_add(dst, src, index + tap * n, weight + tap * n, n);
+  }
+
+  void resample_bytes(float* d0, float* d1, float* d2, int32_t y) {
+    pack_row(y);
+    const uint32_t* src = packed_.data() - columns_.first;
+    const int32_t* index = columns_.index.data();
+    const float* weight = columns_.weight.data();
+    const int64_t n = columns_.n;
+    if (columns_.taps == 1) return rows::gather(d0, d1, d2, src, index, n);
+    if (columns_.linear) return rows::gather_linear(d0, d1, d2, src, index, index + n, weight, n);
+    for (float* dst : {d0, d1, d2}) rows::fill(dst, 0.0f, n);
     for (int tap = 0; tap < columns_.taps; ++tap) {
-      rows::gather_add(dst, src, index + tap * n, columns_.weight.data() + tap * n, n);
+      rows::gather_add(d0, d1, d2, src, index + tap * n, weight + tap * n, n);
+    }
+  }
+
+  // First byte or value that is read of row y, channel c.
+  const char* begin_of(int32_t y, int c) const {
+    const int64_t offset = mix_.channel[c] * image_.stride_c + y * image_.stride_y + columns_.first * image_.stride_x;
+    return image_.data + offset * mix_.element_size;
+  }
+
+  void pack_row(int32_t y) {
+    const uint8_t* src[kChannels];
+    for (int c = 0; c < kChannels; ++c) src[c] = reinterpret_cast<const uint8_t*>(begin_of(y, c));
+    const int64_t n = static_cast<int64_t>(packed_.size());
+    if (image_.stride_x == 1) {
+      rows::pack_bytes(packed_.data(), src[0], src[1], src[2], n);
+    } else {
+      rows::pack_bytes_strided(packed_.data(), src[0], src[1], src[2], image_.stride_x, n);
     }
   }
 
   // The columns that are read, as floats.
   void widen_row(float* dst, int32_t y, int c) const {
-    const int64_t offset = mix_.channel[c] * image_.stride_c + y * image_.stride_y + columns_.first * image_.stride_x;
     const int64_t n = columns_.last - columns_.first + 1;
-    const char* src = image_.data + offset * mix_.element_size;
+    const char* src = begin_of(y, c);
     switch (mix_.dtype) {
       case ScalarType::Byte:
         return widen(dst, reinterpret_cast<const uint8_t*>(src), image_.stride_x, n);
@@ -257,6 +291,7 @@ class PlacedSource {
   std::vector<int32_t> cached_row_;  // source row in each slot of cache_
   std::vector<float> cache_;         // [taps of rows_, channel, column]
   std::vector<float> wide_, blended_;
+  std::vector<uint32_t> packed_;
 };
 
 // ---- One canvas: rows of the output ---------------------------------------------------------------------------------
@@ -364,12 +399,12 @@ class Output {
 
   void store(int64_t b, int64_t y) const {
     if (in_place()) return;
-    for (int c = 0; c < kChannels; ++c) {
-      const float* src = buffer_.data() + c * width_;
-      T* dst = channels_last_ ? data_ + (b * height_ + y) * width_ * kChannels + c : planar(b, c, y);
-      const int64_t step = channels_last_ ? kChannels : 1;
-      for (int64_t x = 0; x < width_; ++x) dst[x * step] = rows::narrow<T>(src[x]);
+    const float* c0 = buffer_.data();
+    if (channels_last_) {
+      T* dst = data_ + (b * height_ + y) * width_ * kChannels;
+      return rows::store_interleaved(dst, c0, c0 + width_, c0 + 2 * width_, width_);
     }
+    for (int c = 0; c < kChannels; ++c) rows::store(planar(b, c, y), c0 + c * width_, width_);
   }
 
  private:
@@ -432,6 +467,8 @@ Tensor compose_images(std::vector<Tensor> sources, std::optional<Tensor> sizes, 
                       Tensor place_f, Tensor erase, Tensor erase_canvas, int64_t out_h, int64_t out_w,
                       std::vector<double> mean, std::vector<double> std, std::vector<double> fill, int64_t interp,
                       bool over, ScalarType out_dtype, double pad_value, bool channels_last, bool swap_rb) {
+  for (Tensor* t : {&canvas, &place_i, &place_f, &erase, &erase_canvas}) *t = torch::stable::contiguous(*t);
+  if (sizes) sizes = torch::stable::contiguous(*sizes);
   Mix mix{.images = list_images(sources, sizes),
           .dtype = sources.empty() ? ScalarType::Float : sources[0].scalar_type(),
           .element_size = sources.empty() ? 4 : static_cast<int64_t>(sources[0].element_size()),
