@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ALWAYS_SYNC = {
@@ -51,6 +52,15 @@ class NoSyncMode(TorchDispatchMode):
         return result
 
 
+class NoHostReadMode(TorchFunctionMode):
+    """Fails on reads that reach no dispatcher when the tensor is on the CPU already."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu):
+            raise SyncError(f"Tensor.{func.__name__} synchronises with the host")
+        return func(*args, **(kwargs or {}))
+
+
 def _copies_to_host(args: tuple[Any, ...], result: Any) -> bool:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     return result.device.type == "cpu" and any(t.device.type != "cpu" for t in tensors)
@@ -63,10 +73,10 @@ def no_sync() -> Iterator[None]:
         previous = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            with NoSyncMode():
+            with NoSyncMode(), NoHostReadMode():
                 yield
         finally:
             torch.cuda.set_sync_debug_mode(previous)
     else:
-        with NoSyncMode():
+        with NoSyncMode(), NoHostReadMode():
             yield

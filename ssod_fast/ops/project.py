@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,13 +78,15 @@ def invert_homographies(matrix: Tensor) -> Tensor:
         TypeError: the matrices are not on the CPU.
     """
     _check_matrix(matrix)
-    inverse: Tensor
-    inverse, info = torch.linalg.inv_ex(matrix.double())
-    bad = (info != 0) | ~torch.isfinite(inverse).all(-1).all(-1)
-    if bad.any():
-        image = int(bad.nonzero()[0])
-        raise ValueError(f"the homography of image {image} must be invertible, got {matrix[image].tolist()}")
-    return inverse
+    inverses = []
+    for image, m in enumerate(matrix.double().numpy()):
+        try:
+            inverses.append(np.linalg.inv(m))
+        except np.linalg.LinAlgError:
+            inverses.append(np.full((3, 3), np.nan))
+        if not np.isfinite(inverses[-1]).all():
+            raise ValueError(f"the homography of image {image} must be invertible, got {m.tolist()}")
+    return torch.from_numpy(np.stack(inverses)) if inverses else matrix.double()
 
 
 def _hull(boxes: Tensor, matrix: Tensor) -> Tensor:
