@@ -23,7 +23,7 @@ M = TypeVar("M")
 # Score thresholds of MixPL's released configs, by detector family.
 MIXPL_THRESHOLDS = {"fcos": 0.3, "retinanet": 0.4, "fasterrcnn": 0.7}
 # Keys that say where and how long a run goes on, not what it computes: they may change on resume.
-FREE_KEYS = ("out", "name", "resume", "overwrite", "dry_run", "workers", "threads", "report", "log_every", "preview_images")
+FREE_KEYS = ("out", "name", "resume", "overwrite", "dry_run", "workers", "cache_mb", "threads", "report", "log_every", "preview_images")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class TrainConfig(Generic[M]):
     seed: int = 0
     # Loader processes; 0 reads images in the training process.
     workers: int = 2
+    # Decoded images kept in memory, in MiB; worth it for sets of a few hundred images.
+    cache_mb: int = 512
     # Threads of torch; none: torch decides.
     threads: int | None = None
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ssod_fast.structures import Target
+
 STAT_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 BACKENDS = ("faster_coco_eval", "pycocotools")
 NO_TRUTH = -1.0  # what the COCO protocol reports where there is nothing to find; shown as n/a
@@ -104,7 +106,7 @@ class CocoEvaluator:
         """Forgets all detections."""
         self._rows.clear()
 
-    def update(self, image_ids: Iterable[int], predictions: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def update(self, image_ids: Iterable[int], predictions: Iterable[Target | Mapping[str, torch.Tensor]]) -> None:
         """Adds the detections of some images.
 
         Args:
@@ -114,7 +116,7 @@ class CocoEvaluator:
         for image_id, prediction in zip(image_ids, predictions, strict=True):
             self._rows[int(image_id)] = self._best_rows(prediction)
 
-    def _best_rows(self, prediction: Mapping[str, torch.Tensor]) -> np.ndarray:
+    def _best_rows(self, prediction: Target | Mapping[str, torch.Tensor]) -> np.ndarray:
         """[N, 6] float64 (x1, y1, x2, y2, score, label): above the threshold, best first, at most max_dets."""
         columns = (prediction["boxes"].double(), prediction["scores"].double()[:, None], prediction["labels"].double()[:, None])
         rows = torch.cat(columns, dim=1).cpu().numpy()

@@ -34,12 +34,12 @@ class Health:
     _gate_shut_since: int | None = None
     _worse: int = 0
 
-    def start(self, labeled_counts: Mapping[str, int], total_batch: int, reference_batch: int, lr: float) -> list[str]:
+    def start(self, labeled_counts: Mapping[str, int], labeled_batch: int, reference_batch: int, lr: float) -> list[str]:
         """Warnings that are known before the first step.
 
         Args:
             labeled_counts: boxes per class in the labelled set.
-            total_batch: images per optimizer step over all ranks and accumulated steps.
+            labeled_batch: labelled images per optimizer step over all ranks and accumulated steps.
             reference_batch: what the recipe was published with.
             lr: learning rate in use.
         """
@@ -50,8 +50,10 @@ class Health:
             out.append(
                 f"{len(missing)} of {len(self.classes)} classes have no labelled box ({names}): draw another fold or use --cover-classes"
             )
-        if total_batch * 2 <= reference_batch:
-            out.append(f"batch {total_batch}, reference {reference_batch}: published numbers will not be reached; lr in use {lr:.3g}")
+        if labeled_batch * 2 <= reference_batch:
+            out.append(
+                f"{labeled_batch} labelled images per step, reference {reference_batch}: published numbers will not be reached; lr in use {lr:.3g}"
+            )
         return out
 
     def after_log(self, it: int, log: Mapping[str, Any]) -> list[str]:

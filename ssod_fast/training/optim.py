@@ -18,14 +18,17 @@ class OptimizerConfig:
 
     # SGD for convolutional detectors, AdamW for transformers.
     name: Literal["sgd", "adamw"] = "sgd"
+    # Of SGD.
     momentum: float = 0.9
+    # Of everything that is trained.
     weight_decay: float = 1e-4
     # Gradients are scaled down to this L2 norm (MixPL: 20 for SGD, 0.1 for DINO); 0 switches it off.
     clip_norm: float = 20.0
     # Factor on the learning rate of parameters whose name contains "backbone" (DETR-like detectors: 0.1).
     backbone_lr_scale: float = 1.0
-    # Images per step that the published learning rate belongs to: 8 GPUs with 1 labelled + 4 unlabelled images.
-    reference_batch: int = 40
+    # Labelled images per step that the published learning rate belongs to (MixPL: 8 GPUs, each with 1 labelled and 4 unlabelled images).
+    # Labelled ones, so that a supervised run of the same settings has the same rate.
+    reference_batch: int = 8
     # The published learning rates (SGD 0.01, AdamW 1e-4) at the reference batch; None picks by name.
     reference_lr: float | None = None
 
@@ -38,10 +41,10 @@ class OptimizerConfig:
         if self.reference_batch < 1:
             raise ValueError(f"optimizer.reference_batch must be at least 1, got {self.reference_batch}")
 
-    def learning_rate(self, total_batch: int, scale: bool) -> float:
-        """The recipe's learning rate, scaled linearly with the batch if wanted."""
+    def learning_rate(self, labeled: int, scale: bool) -> float:
+        """The recipe's learning rate, scaled linearly with the labelled images per step if wanted."""
         base = self.reference_lr if self.reference_lr is not None else {"sgd": 0.01, "adamw": 1e-4}[self.name]
-        return base * total_batch / self.reference_batch if scale else base
+        return base * labeled / self.reference_batch if scale else base
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ScheduleConfig:
     warmup_start: float = 1e-3
     # Shares of the run after which the learning rate is multiplied by gamma, for example 0.67 0.89.
     milestones: tuple[float, ...] = ()
+    # Factor of a milestone.
     gamma: float = 0.1
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class PseudoQuality:
         names = ("score", "label", "iou", "truth_label", "truth_area", "truth_score")
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
-    def add(self, prediction: Mapping[str, Tensor], truth: tuple[Tensor, Tensor]) -> None:
+    def add(self, prediction: Target, truth: tuple[Tensor, Tensor]) -> None:
         """Adds one image.
 
         Args:

@@ -19,10 +19,10 @@ def log(kept: float = 1.0, gate: float = 1.0, best: float = 0.31, **extra: Any) 
 
 
 def test_missing_classes_and_small_batch(health: Health) -> None:
-    messages = health.start({"cat": 3}, total_batch=5, reference_batch=40, lr=0.00125)
+    messages = health.start({"cat": 3}, labeled_batch=1, reference_batch=8, lr=0.00125)
     assert messages[0].startswith("1 of 2 classes have no labelled box ('toaster')")
-    assert messages[1] == "batch 5, reference 40: published numbers will not be reached; lr in use 0.00125"
-    assert health.start({"cat": 3, "toaster": 1}, total_batch=32, reference_batch=40, lr=0.01) == []
+    assert messages[1] == "1 labelled images per step, reference 8: published numbers will not be reached; lr in use 0.00125"
+    assert health.start({"cat": 3, "toaster": 1}, labeled_batch=6, reference_batch=8, lr=0.01) == []
 
 
 def test_no_pseudo_labels_for_200_iterations(health: Health) -> None:

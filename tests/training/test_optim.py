@@ -31,8 +31,8 @@ def test_warmup_then_constant_then_drops() -> None:
 
 
 def test_learning_rate_follows_the_batch() -> None:
-    assert OptimizerConfig().learning_rate(5, scale=True) == pytest.approx(0.00125)
-    assert OptimizerConfig(name="adamw").learning_rate(5, scale=False) == 1e-4
+    assert OptimizerConfig().learning_rate(1, scale=True) == pytest.approx(0.00125)
+    assert OptimizerConfig(name="adamw").learning_rate(1, scale=False) == 1e-4
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -1,0 +1,132 @@
+"""The data of a run: labelled set, unlabelled images, validation set, and the hidden truth that only the monitor sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssod_fast.data.coco import coco_files, find_coco_json, read_coco
+from ssod_fast.data.records import DetectionData, ImageRecord, check_same_classes
+from ssod_fast.data.unlabeled import list_images
+
+from .config import TrainConfig
+from .quality import HiddenTruth
+from .tree import ConfigError
+
+
+class DataError(ValueError):
+    """Data that cannot be read or does not fit together."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is judged by.
+
+    Attributes:
+        labeled: the labelled set.
+        unlabeled: images without annotations; None if there are none.
+        val: for evaluation; None: no evaluation.
+        hidden: truth of the unlabelled images, for the monitor; None if unknown.
+        split: manifest of the draw if LABELED was split here.
+        notes: sentences for the banner.
+    """
+
+    labeled: DetectionData
+    unlabeled: list[ImageRecord] | None
+    val: DetectionData | None
+    hidden: HiddenTruth | None
+    split: dict[str, Any] | None
+    notes: list[str]
+
+    @property
+    def split_hash(self) -> str | None:
+        """Identity of the drawn labelled set."""
+        return None if self.split is None else str(self.split["labeled_sha256"])
+
+
+def load_sets(config: TrainConfig[Any]) -> TrainingData:
+    """Reads everything a run needs.
+
+    Raises:
+        DataError: unreadable data, or class names that differ.
+        ConfigError: the method needs unlabelled images and there are none.
+    """
+    try:
+        return _load(config)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+
+
+def _load(config: TrainConfig[Any]) -> TrainingData:
+    full = read_coco(config.labeled, split="train", strict=config.strict_data)
+    val = _read_val(config, full)
+    labeled, rest, split = (full, None, None) if config.percent is None else _draw(config, full)
+    unlabeled = list(rest.records) if rest is not None else []
+    hidden = None if rest is None else HiddenTruth([r.id for r in rest.records], rest.targets)
+    if config.unlabeled is not None:
+        unlabeled += _with_free_ids(list_images(config.unlabeled), unlabeled)
+    if config.hidden_gt is not None:
+        hidden = _read_hidden(config.hidden_gt, unlabeled, full.classes)
+    if not unlabeled and hasattr(config.method, "unlabeled_batch"):
+        raise ConfigError(
+            f"--method {config.method_name} needs unlabelled images: name a folder after the labelled set, draw a labelled share with "
+            "--percent 10, write a split with `ssod-fast split`, or train with --method supervised"
+        )
+    notes = [str(data.warnings) for data in (full, val) if data is not None and data.warnings]
+    return TrainingData(labeled, unlabeled or None, val, hidden, split, notes)
+
+
+def _read_val(config: TrainConfig[Any], labeled: DetectionData) -> DetectionData | None:
+    """The named validation set, or the val split of the labelled folder if it has one of its own."""
+    if config.val is not None:
+        val = read_coco(config.val, split="val", strict=config.strict_data)
+    elif config.labeled.is_dir() and len(coco_files(config.labeled)) > 1 and find_coco_json(config.labeled, "val") != labeled.source:
+        val = read_coco(config.labeled, split="val", strict=config.strict_data)
+    else:
+        return None
+    if set(val.classes) == set(labeled.classes):  # another order is no other set of classes
+        val = read_coco(val.source, strict=config.strict_data, classes=labeled.classes)
+    check_same_classes(labeled, val)
+    return val
+
+
+def _draw(config: TrainConfig[Any], full: DetectionData) -> tuple[DetectionData, DetectionData, dict[str, Any]]:
+    from ssod_fast.data.split import draw_split
+
+    assert config.percent is not None
+    split = draw_split(
+        full,
+        percent=config.percent,
+        fold=config.fold,
+        protocol=config.protocol,
+        seed_offset=config.seed_offset,
+        cover_classes=config.cover_classes,
+    )
+    return full.subset(split.labeled_ids), full.subset(split.unlabeled_ids), dict(split.manifest)
+
+
+def _with_free_ids(records: Sequence[ImageRecord], taken: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """The same images with ids that `taken` does not use."""
+    if not taken:
+        return list(records)
+    start = max(r.id for r in taken) + 1
+    return [dataclasses.replace(record, id=start + i) for i, record in enumerate(records)]
+
+
+def _read_hidden(path: Path, unlabeled: Sequence[ImageRecord], classes: Sequence[str]) -> HiddenTruth:
+    """Truth from a COCO json, matched to the unlabelled images by file name.
+
+    Raises:
+        ValueError: no image matches.
+    """
+    truth = read_coco(path, classes=classes)
+    by_name = {record.path.name: target for record, target in zip(truth.records, truth.targets, strict=True)}
+    found = [(record.id, by_name[record.path.name]) for record in unlabeled if record.path.name in by_name]
+    if not found:
+        raise ValueError(f"hidden_gt {path} describes none of the {len(unlabeled)} unlabelled images (matched by file name)")
+    return HiddenTruth([i for i, _ in found], [t for _, t in found])
