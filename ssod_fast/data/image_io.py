@@ -89,6 +89,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
     try:
         with Image.open(path) as opened:
+            if opened.format == "TIFF":
+                opened.load()  # Pillow turns TIFF files itself while it loads them, and drops the tag
             w, h = opened.size
             turned = opened.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
