@@ -82,7 +82,7 @@ def _boxes(*args: Any) -> Outputs:
     return result
 
 
-def _reference(
+def reference(
     boxes: Tensor,  # [S, P, 4] xyxy, source pixels
     labels: Tensor,  # [S, P]
     scores: Tensor,  # [S, P]
@@ -244,7 +244,7 @@ register(
     "compose_boxes(Tensor boxes, Tensor labels, Tensor scores, Tensor weights, Tensor count, Tensor place_i, Tensor place_f, Tensor erase, "
     "SymInt nmax, float erase_thr, bool union, float min_visibility, float? min_wh, bool propagate_weight, bool over) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference,
+    reference=reference,
     fake=_fake,
     triton=_triton,
 )
