@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
 
 from ssod_fast.structures import PaddedTargets, Target
 
@@ -49,17 +51,27 @@ class FasterRCNNDetector(TorchvisionDetector):
         _refuse_weights(clean)
         inside = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in clean]
         maps = self._feature_maps(batch)
+        self._fix_scales(maps, batch)
         proposals, first = self.model.rpn(ImageList(batch.tensor, batch.sizes), maps, inside)
         _, second = self.model.roi_heads(maps, proposals, batch.sizes, inside)
         return {**first, **second}
 
     def _predict(self, batch: ImageBatch, score_thr: float, topk: int) -> list[Target]:
         maps = self._feature_maps(batch)
+        self._fix_scales(maps, batch)
         proposals, _ = self.model.rpn(ImageList(batch.tensor, batch.sizes), maps, None)
         heads = self.model.roi_heads
         with attributes(heads, score_thresh=score_thr, detections_per_img=topk, nms_thresh=self.nms_thr):
             found, _ = heads(maps, proposals, batch.sizes, None)
         return [clean_detections(f["boxes"], f["labels"] - 1, f["scores"]) for f in found]
+
+    @torch.no_grad()
+    def _fix_scales(self, maps: OrderedDict[str, Tensor], batch: ImageBatch) -> None:
+        """Lets the pooling derive its scales, once, from the padded size, which the strides divide; true sizes would be rounded wrongly."""
+        pool = self.model.roi_heads.box_roi_pool
+        if isinstance(pool, MultiScaleRoIAlign) and pool.scales is None:
+            height, width = batch.tensor.shape[-2:]
+            pool(maps, [batch.tensor.new_zeros(1, 4)] * len(batch), [(int(height), int(width))] * len(batch))
 
     def _feature_maps(self, batch: ImageBatch) -> OrderedDict[str, Tensor]:
         # torchvision makes anchors in the dtype of the features: bfloat16 would round coordinates to multiples of 2, 4 or 8 pixels.
