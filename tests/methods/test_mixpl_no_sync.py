@@ -9,8 +9,9 @@ import pytest
 import torch
 from no_sync import SyncError, no_sync
 from tiny_detector import TinyDetector, make_batches
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssod_fast.detectors import build_detector
 from ssod_fast.methods import MixPL, MixPLConfig, SemiSupervisedDetector
 from ssod_fast.methods.mixpl.pseudo import above_threshold
 from ssod_fast.methods.step import LossBook
@@ -33,7 +34,7 @@ class SyncingLoss(TinyDetector):
         return {"loss_cls": losses["loss_cls"] + targets.boxes[targets.labels >= 0].sum() * 0}
 
 
-def model_with(student: TinyDetector, **options: Any) -> SemiSupervisedDetector:
+def model_with(student: nn.Module, **options: Any) -> SemiSupervisedDetector:
     config = MixPLConfig(**{"mosaic_shape": ((40, 40), (90, 90)), "cls_pseudo_thr": 0.1, **options})
     return SemiSupervisedDetector(student.to(DEVICE), MixPL(config))
 
@@ -64,6 +65,15 @@ def test_no_sync_after_the_teacher(interp: str, gate: str, dtype: torch.dtype) -
     assert [sorted({key.split("/")[0] for key in output.losses}) for output in outputs] == [["mixup"]] * 2 + [["mixup", "mosaic"]] * 2
     assert all(torch.isfinite(output.loss) for output in outputs)
     assert [output.stats.gate.item() for output in outputs][-1] == 1  # boxes were there: the guard saw the whole way
+
+
+@pytest.mark.parametrize("family", ["fcos", "retinanet"])
+def test_no_sync_with_torchvision_detectors(family: str) -> None:
+    student = build_detector(f"torchvision:{family}_tiny_fpn", 2, fpn_channels=8, head_convs=1)
+    outputs = guarded_steps(model_with(student, cls_pseudo_thr=0.0, teacher_score_thr=0.0, erase_patches=None))
+    assert {key.split("/")[0] for key in outputs[-1].losses} == {"mixup", "mosaic"}
+    assert outputs[-1].stats.gate.item() == 1
+    assert torch.isfinite(outputs[-1].loss)
 
 
 def test_no_sync_without_any_pseudo_box() -> None:
