@@ -11,14 +11,14 @@ from ssod_fast.methods.mixpl import RingCache
 from ssod_fast.structures import PaddedTargets, Target
 
 
-def numbered(first: int, n: int, dtype: torch.dtype = torch.uint8) -> tuple[list[Tensor], PaddedTargets]:
+def numbered(first: int, n: int, dtype: torch.dtype = torch.uint8) -> tuple[list[Tensor], PaddedTargets, list[int]]:
     """Images filled with their number, of sizes that differ, with as many boxes as the number modulo 3."""
     images = [torch.full((3, 4 + i % 3, 5 + i % 4), i, dtype=dtype) for i in range(first, first + n)]
     targets = [
         Target(boxes=torch.full((i % 3, 4), float(i)), labels=torch.full((i % 3,), i), scores=torch.full((i % 3,), i / 100))
         for i in range(first, first + n)
     ]
-    return images, PaddedTargets.from_list(targets, nmax=3)
+    return images, PaddedTargets.from_list(targets, nmax=3), [i % 3 for i in range(first, first + n)]
 
 
 def step(cache: RingCache, first: int, n: int, dtype: torch.dtype = torch.uint8) -> tuple[list[int], list[int]]:
@@ -30,6 +30,7 @@ def step(cache: RingCache, first: int, n: int, dtype: torch.dtype = torch.uint8)
         assert tuple(image.shape) == (3, 4 + number % 3, 5 + number % 4)
         assert (image == number).all()
     assert targets.count.tolist() == [number % 3 for number in read]
+    assert cache.confident == max(number % 3 for number in read)
     for number, target in zip(read, targets.to_list(), strict=True):
         assert (target["boxes"] == number).all()
         assert (target["labels"] == number).all()
@@ -82,7 +83,7 @@ def test_an_image_is_written_once_and_never_moved() -> None:
 def test_grows_for_larger_images() -> None:
     cache = RingCache(size=5, batch=1, max_boxes=3)
     step(cache, 0, 1)
-    cache.write([torch.full((3, 50, 60), 9, dtype=torch.uint8)], PaddedTargets.empty(1, 3))
+    cache.write([torch.full((3, 50, 60), 9, dtype=torch.uint8)], PaddedTargets.empty(1, 3), [0])
     images, _ = cache.read()
     assert (images[0] == 9).all()
     assert (images[1] == 0).all()
@@ -122,10 +123,10 @@ def test_does_not_wait_for_the_device() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cache = RingCache(8, 4, 3)
     batches = [numbered(4 * i, 4) for i in range(5)]
-    moved = [([image.to(device) for image in images], targets.to(device)) for images, targets in batches]
+    moved = [([image.to(device) for image in images], targets.to(device), confident) for images, targets, confident in batches]
     with no_sync():
-        for images, targets in moved:
-            cache.write(images, targets)
+        for images, targets, confident in moved:
+            cache.write(images, targets, confident)
             cache.read()
             cache.commit()
 
@@ -137,9 +138,11 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="images must be 1 to 4 per step, got 5"):
         cache.write(*numbered(0, 5))
     with pytest.raises(ValueError, match=r"targets must have \[2, 3\] rows"):
-        cache.write(numbered(0, 2)[0], PaddedTargets.empty(2, 7))
+        cache.write(numbered(0, 2)[0], PaddedTargets.empty(2, 7), [0, 0])
     with pytest.raises(ValueError, match=r"images\[0\] must be \[3, h, w\], got \[1, 4, 4\]"):
-        cache.write([torch.zeros(1, 4, 4)], PaddedTargets.empty(1, 3))
+        cache.write([torch.zeros(1, 4, 4)], PaddedTargets.empty(1, 3), [0])
+    with pytest.raises(ValueError, match="confident must have one number per image, got 0 for 2 images"):
+        cache.write(*numbered(0, 2)[:2], [])
     step(cache, 0, 4)
     with pytest.raises(ValueError, match=r"images must be torch.uint8 like those in the cache, got torch.float32"):
         cache.write(*numbered(0, 1, torch.float32))

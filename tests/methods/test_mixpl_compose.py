@@ -105,7 +105,8 @@ def test_equals_normalising_first_bit_for_bit(dtype: torch.dtype, rng: Any) -> N
     cache: list[Entry] = []
     for step in range(7):
         raw = [random_entry(generator, dtype) for _ in range(4)]
-        batches = method.mix(detector, [image for image, _ in raw], PaddedTargets.from_list([t for _, t in raw], nmax=6), step)
+        confident = [int((t["scores"] > THR).sum()) for _, t in raw]
+        batches = method.mix(detector, [image for image, _ in raw], PaddedTargets.from_list([t for _, t in raw], nmax=6), confident, step)
         entries = [((image.float() - mean) / std, target) for image, target in raw]
         mixup, mosaic = planner.plans
         partners = [[None, target] for target in planner.targets[:4]] if cache[4:] else [[None]] * 4
@@ -122,7 +123,7 @@ def test_normalise_then_weight() -> None:
     images = [torch.full((3, 10, 40), 200, dtype=torch.uint8), torch.full((3, 40, 10), 200, dtype=torch.uint8)]
     method.planner._mosaics = 0  # type: ignore[attr-defined]
     for step in range(6):
-        batch = method.mix(detector, [images[step % 2]], PaddedTargets.empty(1, 100), step)[0]
+        batch = method.mix(detector, [images[step % 2]], PaddedTargets.empty(1, 100), [0], step)[0]
     values = batch.images.tensor[0, 0].unique()
     assert values.tolist() == pytest.approx([0.0, 0.6896552, 1.3793104], abs=1e-6)
 
@@ -144,7 +145,7 @@ def test_a_bright_patch_stays_under_its_box(interp: Any) -> None:
             image[:, y : y + 16, x : x + 20] = 255
             images.append(image)
             targets.append(Target(boxes=torch.tensor([[x, y, x + 20, y + 16]]).float(), labels=torch.tensor([0])))
-        for batch in method.mix(detector, images, PaddedTargets.from_list(targets, nmax=1), step):
+        for batch in method.mix(detector, images, PaddedTargets.from_list(targets, nmax=1), [1] * 4, step):
             for pixels, target in zip(batch.images.tensor, batch.targets.to_list(), strict=True):
                 for x1, y1, x2, y2 in target["boxes"].round().int().tolist():
                     inner = pixels[0, y1 + 2 : y2 - 2, x1 + 2 : x2 - 2]

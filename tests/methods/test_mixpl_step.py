@@ -354,6 +354,14 @@ class TestState:
             if isinstance(value, Tensor):
                 assert torch.equal(value, second.state_dict()[key]), key
 
+    def test_a_lower_threshold_after_loading_loses_no_box(self) -> None:
+        strict, loose = (make_model(says([3, 3, 3, 3], score=0.5), cls_pseudo_thr=thr, erase_patches=None) for thr in (0.9, 0.2))
+        run(strict, range(3))
+        loose.load_state_dict(strict.state_dict())
+        previews = loose.training_step(*make_batches(3), 3, want_preview=True).previews
+        assert [p.targets.count.tolist() for p in previews] == [[6] * 4, [12]]
+        assert all(p.targets.nmax >= p.targets.count.max() for p in previews)
+
     def test_same_seed_same_run_other_rank_other_mixes(self) -> None:
         losses = []
         for rank in (0, 0, 1):

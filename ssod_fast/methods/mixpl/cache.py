@@ -37,6 +37,7 @@ class RingCache:
         self._ring: Tensor | None = None  # [size + batch, capacity], packed [3, h, w] images
         self._targets: PaddedTargets | None = None  # [size + batch, max_boxes]
         self._sizes: list[Size] = [(0, 0)] * self.slots
+        self._confident = [0] * self.slots
         self._head = 0  # slot of the oldest entry
         self._fill = 0  # entries
         self._pending = 0  # images written, not yet committed
@@ -59,16 +60,22 @@ class RingCache:
         """(height, width) of the entries, oldest first."""
         return [self._sizes[slot] for slot in self._entry_slots()]
 
-    def write(self, images: Sequence[Tensor], targets: PaddedTargets) -> None:
+    @property
+    def confident(self) -> int:
+        """The largest number of confident boxes of any image that :meth:`read` gives."""
+        return max((self._confident[slot] for slot in self._pending_slots() + self._entry_slots()), default=0)
+
+    def write(self, images: Sequence[Tensor], targets: PaddedTargets, confident: Sequence[int]) -> None:
         """Writes a step's images, which :meth:`commit` turns into entries.
 
         Args:
             images: [3, h, w] each, one dtype and device.
-            targets: pseudo boxes in pixels of these images.
+            targets: pseudo boxes in pixels of these images, all of them.
+            confident: per image, how many boxes at most will pass the score threshold; the host needs a bound to keep tensors short.
         """
-        self._check_batch(images, targets)
+        self._check_batch(images, targets, confident)
         self._pending = len(images)
-        self._store(self._pending_slots(), images, targets)
+        self._store(self._pending_slots(), images, targets, confident)
 
     def read(self) -> tuple[list[Tensor], PaddedTargets]:
         """The step's images, then the entries, oldest first: views of the ring, and their boxes in the same order."""
@@ -85,10 +92,11 @@ class RingCache:
 
     def state_dict(self) -> dict[str, Any]:
         """Entries, oldest first, with the place of the head. Images of a step that is not committed are not part of it."""
-        state: dict[str, Any] = {"head": self._head, "images": [], "targets": None}
+        state: dict[str, Any] = {"head": self._head, "images": [], "targets": None, "confident": []}
         if self._fill and self._ring is not None and self._targets is not None:
             slots = self._entry_slots()
             state["images"] = [cache_view(self._ring, slot, self._sizes[slot]).clone() for slot in slots]
+            state["confident"] = [self._confident[slot] for slot in slots]
             targets = self._targets[slots]
             state["targets"] = {name: getattr(targets, name) for name in _FIELDS}
         return state
@@ -107,12 +115,13 @@ class RingCache:
             raise ValueError(
                 f"the saved cache holds {targets.nmax} boxes per image, this one {self._max_boxes}: max_boxes must be the same"
             )
-        self._store(self._entry_slots(), images, targets)
+        self._store(self._entry_slots(), images, targets, state["confident"])
 
-    def _store(self, slots: list[int], images: Sequence[Tensor], targets: PaddedTargets) -> None:
+    def _store(self, slots: list[int], images: Sequence[Tensor], targets: PaddedTargets, confident: Sequence[int]) -> None:
         ring, rows = self._prepare(images, targets.device)
-        for slot, image in zip(slots, images, strict=True):
+        for slot, image, bound in zip(slots, images, confident, strict=True):
             self._sizes[slot] = (int(image.shape[1]), int(image.shape[2]))
+            self._confident[slot] = bound
         cache_write(ring, images, slots)
         _write_rows(rows, slots, targets)
 
@@ -138,12 +147,14 @@ class RingCache:
         self._ring, self._targets = ring, rows
         return ring, rows
 
-    def _check_batch(self, images: Sequence[Tensor], targets: PaddedTargets) -> None:
+    def _check_batch(self, images: Sequence[Tensor], targets: PaddedTargets, confident: Sequence[int]) -> None:
         if not 0 < len(images) <= self._batch:
             raise ValueError(f"images must be 1 to {self._batch} per step, got {len(images)}")
         if len(targets) != len(images) or targets.nmax != self._max_boxes:
             expected, got = f"[{len(images)}, {self._max_boxes}]", f"[{len(targets)}, {targets.nmax}]"
             raise ValueError(f"targets must have {expected} rows for {len(images)} images, got {got}")
+        if len(confident) != len(images):
+            raise ValueError(f"confident must have one number per image, got {len(confident)} for {len(images)} images")
         for i, image in enumerate(images):
             if image.dim() != 3 or image.shape[0] != 3:
                 raise ValueError(f"images[{i}] must be [3, h, w], got {list(image.shape)}")

@@ -22,7 +22,7 @@ from ssod_fast.structures import PaddedTargets, Target, upload
 
 from .cache import RingCache
 from .config import MixPLConfig
-from .pseudo import PseudoBoxes, above_threshold, open_gate, project_predictions
+from .pseudo import PseudoBoxes, TeacherBoxes, above_threshold, first_rows, open_gate, project_predictions
 
 if TYPE_CHECKING:
     from ssod_fast.data.batches import LabeledBatch, UnlabeledBatch
@@ -91,22 +91,22 @@ class MixPL:
             raise ValueError(
                 "unlabeled must be a batch of weak and strong views for mixpl, got None; without unlabelled images use supervised"
             )
-        predictions = self.predict(model, unlabeled)
-        stats, previews = self.unsupervised_losses(book, model, predictions, unlabeled, step, want_preview)
+        said = self.predict(model, unlabeled)
+        stats, previews = self.unsupervised_losses(book, model, said, unlabeled, step, want_preview)
         return book.output(stats, previews)
 
     @torch.no_grad()
-    def predict(self, model: SemiSupervisedDetector, unlabeled: UnlabeledBatch) -> list[Target]:
+    def predict(self, model: SemiSupervisedDetector, unlabeled: UnlabeledBatch) -> TeacherBoxes:
         """The teacher's boxes on the weak views, in their own pixels and not filtered beyond the detector's test settings."""
         images = detector_batch(model.teacher, unlabeled.weak)
         predictions: list[Target] = model.teacher.predict(images, self.config.teacher_score_thr, self.config.teacher_topk)
-        return predictions
+        return TeacherBoxes.count(predictions, self.config.cls_pseudo_thr)
 
     def unsupervised_losses(
         self,
         book: LossBook,
         model: SemiSupervisedDetector,
-        predictions: Sequence[Target],
+        said: TeacherBoxes,
         unlabeled: UnlabeledBatch,
         step: int,
         want_preview: bool = False,
@@ -116,8 +116,8 @@ class MixPL:
         The exceptions are asked for: `gate="per_image"` and `skip_closed_gate`.
         """
         with torch.no_grad():
-            pseudo = project_predictions(predictions, unlabeled, rows=self.config.teacher_topk, min_wh=self.config.min_pseudo_bbox_wh)
-            batches = self.mix(model.student, unlabeled.strong, pseudo.strong, step)
+            pseudo = project_predictions(said.predictions, unlabeled, rows=self.config.teacher_topk, min_wh=self.config.min_pseudo_bbox_wh)
+            batches = self.mix(model.student, unlabeled.strong, pseudo.strong, said.confident, step)
             stats = self._stats(pseudo, batches, unlabeled.image_ids)
             previews = tuple(Preview(b.name, b.images, b.targets) for b in batches) if want_preview else ()
             batches = self._without_shut(batches)
@@ -126,11 +126,23 @@ class MixPL:
         return stats, previews
 
     @torch.no_grad()
-    def mix(self, student: Detector, strong: Sequence[Tensor], boxes: PaddedTargets, step: int) -> list[MixedBatch]:
-        """The mixed batches of a step; its images and boxes then enter the cache as they came, not erased and not filtered."""
+    def mix(
+        self, student: Detector, strong: Sequence[Tensor], boxes: PaddedTargets, confident: Sequence[int], step: int
+    ) -> list[MixedBatch]:
+        """The mixed batches of a step; its images and boxes then enter the cache as they came, not erased and not filtered.
+
+        Args:
+            student: normalises as it wants to see images.
+            strong: [3, h, w] each.
+            boxes: all pseudo boxes in pixels of `strong`.
+            confident: per image, how many of them pass the score threshold at most.
+            step: iteration.
+        """
         cache_sizes = self.cache.sizes
-        self.cache.write(strong, boxes)
+        self.cache.write(strong, boxes, confident)
         images, targets = self.cache.read()
+        # Filtering first leaves what filtering after the mix would: erasing does not look at scores.
+        targets = first_rows(above_threshold(targets, self.config.cls_pseudo_thr), max(1, self.cache.confident))
         mixup, mosaic = self.planner.plan([(int(image.shape[1]), int(image.shape[2])) for image in strong], cache_sizes)
         weight = self.config.unsup_weight * ramp(step, start=self.config.burn_in, length=self.config.ramp)
         batches = [self._compose("mixup" if self.config.mixup else "unsup", student, images, targets, mixup, weight)]
@@ -141,12 +153,15 @@ class MixPL:
 
     def state_dict(self) -> dict[str, Any]:
         """The planner's generator and the cache."""
-        return {"planner": self.planner.state_dict(), "cache": self.cache.state_dict()}
+        return {"planner": self.planner.state_dict(), "cache": self.cache.state_dict(), "cls_pseudo_thr": self.config.cls_pseudo_thr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
+        cache = state["cache"]
+        if state["cls_pseudo_thr"] != self.config.cls_pseudo_thr:  # more boxes may pass now than were counted
+            cache = {**cache, "confident": [self.config.teacher_topk] * len(cache["images"])}
         self.planner.load_state_dict(state["planner"])
-        self.cache.load_state_dict(state["cache"])
+        self.cache.load_state_dict(cache)
 
     def _compose(
         self, name: str, student: Detector, images: list[Tensor], targets: PaddedTargets, plan: ComposePlan, weight: float
@@ -164,9 +179,8 @@ class MixPL:
             out_dtype=input_dtype(images[0].device),
         )
         sizes = [(int(h), int(w)) for h, w in plan.canvas]
-        kept = above_threshold(boxes, self.config.cls_pseudo_thr)
-        gate = open_gate(kept.count, self.config.gate, self.config.least_num)
-        return MixedBatch(name, ImageBatch(mixed, sizes), kept, gate, weight)
+        gate = open_gate(boxes.count, self.config.gate, self.config.least_num)
+        return MixedBatch(name, ImageBatch(mixed, sizes), boxes, gate, weight)
 
     def _run(self, book: LossBook, model: SemiSupervisedDetector, batch: MixedBatch, last: bool) -> None:
         targets = batch.targets if getattr(model.student, "supports_padded", False) else batch.targets.to_list()

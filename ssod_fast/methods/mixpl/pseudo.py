@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class TeacherBoxes:
+    """What the teacher predicted on the weak views.
+
+    Attributes:
+        predictions: boxes, labels and scores per image, in pixels of its weak view.
+        confident: per image, how many scores exceed the threshold. Predicting has waited for the device anyway; knowing this number on
+            the host keeps the padded targets of the student as short as the boxes that count, whatever is predicted below the threshold.
+    """
+
+    predictions: list[Target]
+    confident: list[int]
+
+    @classmethod
+    def count(cls, predictions: list[Target], threshold: float) -> TeacherBoxes:
+        """Counts confident boxes; waits for the device once."""
+        counts = torch.stack([(p["scores"].float() > threshold).sum() for p in predictions])
+        return cls(predictions, counts.tolist())
+
+
+@dataclass(frozen=True)
 class PseudoBoxes:
     """The teacher's boxes of one step, not yet filtered by score.
 
@@ -52,6 +72,17 @@ def project_predictions(predictions: Sequence[Target], batch: UnlabeledBatch, *,
 def above_threshold(targets: PaddedTargets, threshold: float) -> PaddedTargets:
     """Boxes whose score exceeds the threshold; a score equal to it is not enough. Scores are float32."""
     return targets.select(targets.scores > threshold)
+
+
+def first_rows(targets: PaddedTargets, rows: int) -> PaddedTargets:
+    """The same targets with `rows` rows per image, for a caller that knows that no image has more boxes."""
+    return PaddedTargets(
+        boxes=targets.boxes[:, :rows],
+        labels=targets.labels[:, :rows],
+        scores=targets.scores[:, :rows],
+        weights=targets.weights[:, :rows],
+        count=targets.count,
+    )
 
 
 def open_gate(count: Tensor, rule: str, least_num: int) -> Tensor:
