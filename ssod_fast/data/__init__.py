@@ -2,7 +2,7 @@
 
 from .batches import EvalBatch, LabeledBatch, UnlabeledBatch
 from .coco import read_coco
-from .detect import load_detection_data
+from .detect import has_split, load_detection_data
 from .image_io import UnreadableImageError, read_image
 from .loader import EvalLoader, LoaderConfig, TrainLoader
 from .records import DataReport, DetectionData, ImageRecord, check_same_classes
@@ -35,6 +35,7 @@ __all__ = [
     "apply_split",
     "check_same_classes",
     "draw_split",
+    "has_split",
     "labeled_view",
     "list_images",
     "load_detection_data",

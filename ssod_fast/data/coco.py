@@ -138,10 +138,11 @@ def _of_split(files: list[Path], split: str | None) -> list[Path]:
     if split is None:
         return files
     others = [s for s in ("train", "val", "test") if s != split]
-    return [f for f in files if _is_split(f, split)] or [f for f in files if not any(_is_split(f, s) for s in others)]
+    return [f for f in files if is_split(f, split)] or [f for f in files if not any(is_split(f, s) for s in others)]
 
 
-def _is_split(file: Path, split: str) -> bool:
+def is_split(file: Path, split: str) -> bool:
+    """True if the name of a file, or of its folder, says that it belongs to `split`."""
     aliases = {"val": "val|valid|validation", "valid": "val|valid|validation"}.get(split, re.escape(split))
     pattern = rf"(?:^|[_\-.])(?:{aliases})(?:\d{{4}})?(?:$|[_\-.])"
     return re.search(pattern, file.stem) is not None or re.fullmatch(aliases, file.parent.name) is not None

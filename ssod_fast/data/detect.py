@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .coco import coco_files, read_coco
+from .coco import coco_files, is_split, read_coco
 from .records import DetectionData
 from .voc import read_voc
-from .yolo import read_yolo
+from .yolo import find_image_folder, read_yolo
 
 FORMATS = ("coco", "yolo", "voc")
 
@@ -46,6 +46,19 @@ def load_detection_data(
     if chosen == "voc":
         return read_voc(root, split, classes, voc_zero_based, strict)
     return read_coco(root, images_dir, strict, split, classes)
+
+
+def has_split(path: str | Path, split: str, format: str | None = None) -> bool:
+    """True if a folder holds a part of its own for `split`, such as instances_val.json beside instances_train.json."""
+    root = Path(path)
+    if not root.is_dir():
+        return False
+    chosen = format or detect_format(root)
+    if chosen == "coco":
+        return any(is_split(file, split) for file in coco_files(root))
+    if chosen == "voc":
+        return (root / "ImageSets" / "Main" / f"{split}.txt").is_file()
+    return find_image_folder(root, split) is not None
 
 
 def detect_format(path: Path) -> str:

@@ -31,10 +31,11 @@ def read_yolo(path: str | Path, split: str | None = None, classes: Sequence[str]
         ValueError: If the yaml or the class names are unusable.
     """
     root = Path(path)
-    yaml_file = root if root.is_file() else next((f for f in (root / "data.yaml", root / "data.yml") if f.is_file()), None)
-    base = root.parent if root.is_file() else root
-    settings = _load_yaml(yaml_file) if yaml_file else {}
-    folder = _image_folder(base, settings, split)
+    base, settings = _settings(root)
+    folder = find_image_folder(root, split)
+    if folder is None:
+        looked = ", ".join(str(c) for c in _image_folders(base, settings, split))
+        raise FileNotFoundError(f"{base} has no image folder for split {split!r}: looked for {looked}")
     files = sorted(f for f in folder.rglob("*") if is_image(f) and f.is_file())
     if not files:
         raise FileNotFoundError(f"{folder} holds no image")
@@ -151,19 +152,28 @@ def _names(base: Path, settings: dict[str, Any], classes: Sequence[str] | None) 
     return [str(n) for n in names]
 
 
-def _image_folder(base: Path, settings: dict[str, Any], split: str | None) -> Path:
-    """The folder of a split: stated in the yaml, or found by the usual names."""
+def find_image_folder(root: Path, split: str | None) -> Path | None:
+    """The folder that holds the images of a split, if there is one."""
+    return next((folder for folder in _image_folders(*_settings(root), split) if folder.is_dir()), None)
+
+
+def _settings(root: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of its yaml, if it has one."""
+    yaml_file = root if root.is_file() else next((f for f in (root / "data.yaml", root / "data.yml") if f.is_file()), None)
+    return root.parent if root.is_file() else root, _load_yaml(yaml_file) if yaml_file else {}
+
+
+def _image_folders(base: Path, settings: dict[str, Any], split: str | None) -> list[Path]:
+    """Where the images of a split may be: what the yaml says, then the usual names."""
     keys = {"val": ("val", "valid"), "valid": ("val", "valid")}.get(split or "train", (split or "train",))
     stated = next((settings[key] for key in keys if isinstance(settings.get(key), str)), None)
-    candidates: list[Path] = []
+    folders: list[Path] = []
     if stated is not None:
         start = base / str(settings.get("path", ""))
         # Exported archives often say ../train/images although train/ lies beside the yaml.
-        candidates = [start / stated, base / stated, base / stated.removeprefix("../")]
-    candidates += [base / "images" / key for key in keys] + [base / key / "images" for key in keys]
-    if split in (None, "train", base.resolve().name) or base.resolve().name in keys:  # never the training images for another split
-        candidates.append(base / "images")
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    raise FileNotFoundError(f"{base} has no image folder for split {split!r}: looked for {', '.join(str(c) for c in candidates)}")
+        folders = [start / stated, base / stated, base / stated.removeprefix("../")]
+    folders += [base / "images" / key for key in keys] + [base / key / "images" for key in keys]
+    name = base.resolve().name
+    if split in (None, "train", name) or name in keys:  # never the training images for another split
+        folders.append(base / "images")
+    return folders

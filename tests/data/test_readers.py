@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy_data import CATEGORY_IDS, CLASSES, IMAGES, coco_dict, write_coco, write_image, write_voc, write_yolo
 
-from ssod_fast.data import check_same_classes, load_detection_data, read_coco
+from ssod_fast.data import check_same_classes, has_split, load_detection_data, read_coco
 from ssod_fast.data.yolo import read_yolo
 
 
@@ -350,3 +350,16 @@ def test_subset(tmp_path: Path) -> None:
     assert [t["image_id"] for t in part.targets] == [0, 3]
     with pytest.raises(ValueError, match=r"image_ids must be ids of .*got unknown \[44\]"):
         data.subset([44])
+
+
+def test_has_split(bccd: Path, tmp_path: Path) -> None:
+    assert has_split(bccd, "val")
+    assert not has_split(bccd / "annotations" / "instances_train.json", "val")
+    write_coco(tmp_path / "coco")
+    assert has_split(tmp_path / "coco", "train")
+    assert not has_split(tmp_path / "coco", "val")
+    write_yolo(tmp_path / "yolo")
+    assert not has_split(tmp_path / "yolo", "val")
+    (tmp_path / "yolo" / "images" / "val").mkdir()
+    assert has_split(tmp_path / "yolo", "val")
+    assert not has_split(write_voc(tmp_path / "voc"), "val")
