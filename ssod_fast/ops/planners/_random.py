@@ -86,9 +86,11 @@ class PhiloxDraws:
         height, width = hw
         share, x, y = self._generator.random((3, self.integer(*count)))
         side = ratio[0] + share * (ratio[1] - ratio[0])
-        patch_h, patch_w = (height * side).astype(np.int64), (width * side).astype(np.int64)
-        x0, y0 = (x * (width - patch_w)).astype(np.int64), (y * (height - patch_h)).astype(np.int64)
-        return np.stack([x0, y0, x0 + patch_w, y0 + patch_h], axis=1).astype(np.int32)
+        rects = np.empty((len(side), 4), np.int32)  # assignment truncates, as int() does
+        rects[:, 2], rects[:, 3] = width * side, height * side
+        rects[:, 0], rects[:, 1] = x * (width - rects[:, 2]), y * (height - rects[:, 3])
+        rects[:, 2:] += rects[:, :2]
+        return rects
 
     def state_dict(self) -> dict[str, Any]:
         state = _plain(self._generator.bit_generator.state)
