@@ -11,6 +11,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on CPU tensors, and nothing else uses it here
+
 
 def _data_root() -> Path:
     return Path(os.environ.get("SSOD_FAST_DATA", ROOT.parent / "shared")).resolve()

@@ -1,0 +1,30 @@
+"""What every launcher needs: ceiling division, the device to launch on, and IEEE division."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def cdiv(a: int, b: int) -> int:
+    """Smallest integer >= a / b."""
+    return -(-a // b)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `tensor` current: Triton launches on the current one. Nothing to do for CPU tensors (the interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit
+def true_div(num, den):
+    """num / den, rounded to nearest: Triton's own `/` is an approximation in float32, and exact in float64."""
+    if num.dtype == tl.float64:
+        result = num / den
+    else:
+        result = tl.div_rn(num, den)
+    return result
