@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssod_fast.data.coco import coco_files, find_coco_json, read_coco
+from ssod_fast.data.coco import read_coco
+from ssod_fast.data.detect import has_split, load_detection_data
 from ssod_fast.data.records import DetectionData, ImageRecord, check_same_classes
 from ssod_fast.data.unlabeled import list_images
 
@@ -63,7 +64,7 @@ def load_sets(config: TrainConfig[Any]) -> TrainingData:
 
 
 def _load(config: TrainConfig[Any]) -> TrainingData:
-    full = read_coco(config.labeled, split="train", strict=config.strict_data)
+    full = load_detection_data(config.labeled, split="train", strict=config.strict_data)
     val = _read_val(config, full)
     labeled, rest, split = (full, None, None) if config.percent is None else _draw(config, full)
     unlabeled = list(rest.records) if rest is not None else []
@@ -83,14 +84,12 @@ def _load(config: TrainConfig[Any]) -> TrainingData:
 
 def _read_val(config: TrainConfig[Any], labeled: DetectionData) -> DetectionData | None:
     """The named validation set, or the val split of the labelled folder if it has one of its own."""
-    if config.val is not None:
-        val = read_coco(config.val, split="val", strict=config.strict_data)
-    elif config.labeled.is_dir() and len(coco_files(config.labeled)) > 1 and find_coco_json(config.labeled, "val") != labeled.source:
-        val = read_coco(config.labeled, split="val", strict=config.strict_data)
-    else:
+    if config.val is None and not has_split(config.labeled, "val"):
         return None
-    if set(val.classes) == set(labeled.classes):  # another order is no other set of classes
-        val = read_coco(val.source, strict=config.strict_data, classes=labeled.classes)
+    path = config.val or config.labeled
+    val = load_detection_data(path, split="val", strict=config.strict_data)
+    if set(val.classes) == set(labeled.classes) and val.classes != labeled.classes:  # another order is no other set of classes
+        val = load_detection_data(path, split="val", strict=config.strict_data, classes=labeled.classes)
     check_same_classes(labeled, val)
     return val
 
