@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,10 +323,16 @@ def _in_workers(dataset: Dataset[T], keys: Any, workers: int, prefetch: int, pin
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
+        worker_init_fn=_ignore_interrupts,
         # A generator of its own: the loader must not draw from the global stream that the training process saves and restores.
         generator=torch.Generator().manual_seed(0),
     )
     return iter(loader)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides when to stop and still needs its batches until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(item: T) -> T:

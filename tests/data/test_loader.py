@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import multiprocessing
+import os
 import pickle
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,6 +99,23 @@ def test_resume_needs_only_the_iteration(scenes: DetectionData) -> None:
     resumed = take(TrainLoader(scenes, scenes.records, config(workers=1), start_iteration=5), 3)
     assert resumed == whole[5:]
     assert fingerprint(TrainLoader(scenes, scenes.records, config()).batch(6)) == whole[6]
+
+
+def test_spawned_workers_would_make_the_same_batches(scenes: DetectionData) -> None:
+    loader = TrainLoader(scenes, scenes.records, config(cache_mb=4))
+    expected = fingerprint(loader.batch(3))
+    copy = pickle.loads(pickle.dumps(loader))  # how a spawned worker gets it: without the shared cache
+    assert fingerprint(copy.batch(3)) == expected
+
+
+def test_workers_survive_ctrl_c(scenes: DetectionData) -> None:
+    batches = iter(TrainLoader(scenes, None, config(workers=1, prefetch=1)))
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGINT)
+    time.sleep(0.2)
+    for _ in range(4):
+        next(batches)
 
 
 def test_seeds_and_ranks_differ(scenes: DetectionData) -> None:
