@@ -4,6 +4,7 @@ from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_bo
 from .box_iou_below import box_iou_below
 from .box_iou_max import BoxMax, box_iou_max
 from .paired_box_iou import paired_box_iou, paired_iou_loss
+from .project import project_boxes
 
 __all__ = [
     "BoxMax",
@@ -15,5 +16,6 @@ __all__ = [
     "generalized_box_iou",
     "paired_box_iou",
     "paired_iou_loss",
+    "project_boxes",
     "ragged_box_iou",
 ]

@@ -258,7 +258,7 @@ class TestBurnIn:
 
     def test_driver_is_told_that_the_supervised_loss_is_the_last(self) -> None:
         driver = Driver()
-        make_model(burn_in=1).training_step(*make_batches(0), 0, driver)
+        make_model(burn_in=1).training_step(make_batches(0)[0], None, 0, driver)  # unlabelled images are not needed yet
         assert driver.events == ["last=True", "backward"]
 
     def test_teacher_becomes_the_student_at_the_end(self) -> None:

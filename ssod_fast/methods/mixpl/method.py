@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,15 +83,13 @@ class MixPL:
         want_preview: bool = False,
     ) -> StepOutput:
         """One iteration: the labelled loss, then the teacher, then the two unsupervised losses."""
-        book = LossBook(driver)
         burning_in = step < self.config.burn_in
+        if unlabeled is None and not burning_in:
+            raise ValueError("unlabeled must be a batch of weak and strong views for mixpl, got None: without such images use supervised")
+        book = LossBook(driver)
         run_supervised(book, model, labeled, weight=self.config.sup_weight, last=burning_in)
-        if burning_in:
+        if burning_in or unlabeled is None:
             return book.output()
-        if unlabeled is None:
-            raise ValueError(
-                "unlabeled must be a batch of weak and strong views for mixpl, got None; without unlabelled images use supervised"
-            )
         said = self.predict(model, unlabeled)
         stats, previews = self.unsupervised_losses(book, model, said, unlabeled, step, want_preview)
         return book.output(stats, previews)
@@ -121,8 +120,10 @@ class MixPL:
             stats = self._stats(pseudo, batches, unlabeled.image_ids)
             previews = tuple(Preview(b.name, b.images, b.targets) for b in batches) if want_preview else ()
             batches = self._without_shut(batches)
+            targets = [_student_targets(model.student, batch.targets) for batch in batches]
         for i, batch in enumerate(batches):
-            self._run(book, model, batch, last=i + 1 == len(batches))
+            forward = partial(model.run_student, batch.images, targets[i])
+            book.run(batch.name, forward, weight=batch.gate * batch.weight, last=i + 1 == len(batches))
         return stats, previews
 
     @torch.no_grad()
@@ -182,10 +183,6 @@ class MixPL:
         gate = open_gate(boxes.count, self.config.gate, self.config.least_num)
         return MixedBatch(name, ImageBatch(mixed, sizes), boxes, gate, weight)
 
-    def _run(self, book: LossBook, model: SemiSupervisedDetector, batch: MixedBatch, last: bool) -> None:
-        targets = batch.targets if getattr(model.student, "supports_padded", False) else batch.targets.to_list()
-        book.run(batch.name, lambda: model.run_student(batch.images, targets), weight=batch.gate * batch.weight, last=last)
-
     def _without_shut(self, batches: list[MixedBatch]) -> list[MixedBatch]:
         """Official behaviour by default: all batches as they are. The two switches read counts on the host."""
         if self.config.gate == "per_image":
@@ -226,6 +223,11 @@ def _make_planner(config: MixPLConfig, rank: int) -> MixPLPlanner:
         rank=rank,
         rng=config.rng,
     )
+
+
+def _student_targets(student: nn.Module, targets: PaddedTargets) -> PaddedTargets | list[Target]:
+    """Padded where the detector takes them so, else a list, for which the host waits: before the student starts, not between its losses."""
+    return targets if getattr(student, "supports_padded", False) else targets.to_list()
 
 
 def _keep_images(batch: MixedBatch, least_num: int) -> MixedBatch:
