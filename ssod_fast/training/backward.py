@@ -57,7 +57,11 @@ def make_accelerator(precision: str, device: str) -> Any:
         device: "cpu" insists on it.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        # A process may hold several runs, one after the other; accelerate keeps one precision per process unless told so.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device == "cpu")
 
 

@@ -51,9 +51,8 @@ class Health:
                 f"{len(missing)} of {len(self.classes)} classes have no labelled box ({names}): draw another fold or use --cover-classes"
             )
         if labeled_batch * 2 <= reference_batch:
-            out.append(
-                f"{labeled_batch} labelled images per step, reference {reference_batch}: published numbers will not be reached; lr in use {lr:.3g}"
-            )
+            sizes = f"{labeled_batch} labelled images per step, reference {reference_batch}"
+            out.append(f"{sizes}: published numbers will not be reached; lr in use {lr:.3g}")
         return out
 
     def after_log(self, it: int, log: Mapping[str, Any]) -> list[str]:

@@ -165,6 +165,7 @@ class Trainer:
         config, data = self.config, self.data
         steps = config.iters * config.accumulate
         passes = self.loader.sampler.epochs(steps)
+        shares = f"{config.accumulate} accumulated x {self.processes} process{'es' if self.processes > 1 else ''}"
         unlabeled = len(data.unlabeled or [])
         counts = dict(zip(self.classes, data.labeled.class_counts(), strict=True))
         rows = [
@@ -173,10 +174,7 @@ class Trainer:
             ("images", f"{len(data.labeled)} labelled, {unlabeled} unlabelled, {len(data.val or [])} for evaluation"),
             ("split", f"{config.percent:g} % fold {config.fold}, ids {str(data.split_hash)[:12]}" if config.percent else None),
             ("classes", f"{len(self.classes)}: {', '.join(self.classes[:12])}{', ...' if len(self.classes) > 12 else ''}"),
-            (
-                "steps",
-                f"{config.iters} of {config.total_batch(self.processes)} images ({config.batch} x {config.accumulate} x {self.processes} processes)",
-            ),
+            ("steps", f"{config.iters} of {config.total_batch(self.processes)} images: {config.batch} x {shares}"),
             ("passes", f"{passes[0]:.1f} over the labelled, {passes[1]:.1f} over the unlabelled images"),
             ("lr", f"{self.lr:.3g} ({config.optimizer.name})"),
             ("precision", f"{self.precision_note} on {self.device}"),

@@ -1,0 +1,34 @@
+"""`ssod-fast report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from ssod_fast.report import build_report
+from ssod_fast.training.tree import ConfigError
+
+from .output import Output
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Writes one self-contained page on one or several runs."""
+
+    # Run folders.
+    runs: Positional[tuple[Path, ...]]
+    # File to write; report.html in the first run's folder without it.
+    out: Path | None = None
+
+
+def run(arguments: list[str], output: Output) -> int:
+    """Prints where the page is."""
+    options = tyro.cli(ReportOptions, prog="ssod-fast report", args=arguments)
+    if not options.runs:
+        raise ConfigError("report needs at least one run folder")
+    path = build_report(list(options.runs), options.out)
+    output.result({"report": str(path)}, f"report: {path}")
+    return 0
