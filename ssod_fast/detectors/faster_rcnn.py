@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class FasterRCNNDetector(TorchvisionDetector):
     def __init__(self, model: nn.Module, num_classes: int) -> None:
         super().__init__(model, num_classes)
         self.nms_thr = float(self.model.roi_heads.nms_thresh)
+        # torchvision decodes boxes in the dtype of the head outputs: bfloat16 under autocast, with steps of 4 pixels at 1000.
+        for head in (self.model.rpn.head, self.model.roi_heads.box_predictor):
+            head.register_forward_hook(_widen_outputs)
 
     def losses(self, images: ImageBatch | list[Tensor], targets: PaddedTargets | list[Target]) -> dict[str, Tensor]:
         """Training losses to be summed, torchvision's four. Waits for the device.
@@ -74,9 +78,16 @@ class FasterRCNNDetector(TorchvisionDetector):
             pool(maps, [batch.tensor.new_zeros(1, 4)] * len(batch), [(int(height), int(width))] * len(batch))
 
     def _feature_maps(self, batch: ImageBatch) -> OrderedDict[str, Tensor]:
-        # torchvision makes anchors in the dtype of the features: bfloat16 would round coordinates to multiples of 2, 4 or 8 pixels.
+        # Anchors too get the dtype of what they are computed from.
         maps = super()._feature_maps(batch)
         return OrderedDict((name, value.float()) for name, value in maps.items())
+
+
+def _widen_outputs(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Forward hook: tensors in (nested lists and tuples of) outputs become float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return type(outputs)(_widen_outputs(module, args, value) for value in outputs)
 
 
 def _refuse_weights(targets: list[Target]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectors.models import DENSE, FAMILIES, build, empty_target, images, random_target
-from torch import nn
+from torch import distributed, nn
 from torchvision import tv_tensors
 
 from ssod_fast.detectors import Detector, ImageBatch, capabilities, from_torchvision, preprocess
@@ -325,3 +327,35 @@ def test_learns_one_image(family: str) -> None:
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.5 * history[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_works_under_autocast(family: str) -> None:
+    detector = from_torchvision(build(family))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.losses(images(HW), [random_target(HW, 4)])
+        found = detector.predict(images(HW))[0]
+    assert all(torch.isfinite(value) and value.dtype == torch.float32 for value in losses.values())
+    total(losses).backward()
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    # Coordinates are not rounded to bfloat16 on the way.
+    assert (found["boxes"] != found["boxes"].bfloat16().float()).any()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_parallel_wraps_the_forward(family: str) -> None:
+    """Every parameter takes part in each step, also without any box: the wrapper would wait for the others for ever."""
+    detector = from_torchvision(build(family))
+    wrapped = nn.parallel.DistributedDataParallel(detector)
+    for targets in ([random_target(HW, 3)], [empty_target()], PaddedTargets.from_list([random_target(HW, 3)])):
+        detector.zero_grad()
+        total(wrapped(detector._batch(images(HW)), targets)).backward()
+        assert all(p.grad is not None for p in detector.parameters())

@@ -75,9 +75,7 @@ def test_require_names_what_to_write() -> None:
     rcnn = from_torchvision(build("fasterrcnn"))
     require(rcnn, for_method="MixPL")
     require(rcnn, "features", for_method="MixPL")
-    with pytest.raises(
-        ValueError, match=r"LSM needs 'supports_weights', which FasterRCNNDetector does not have: multiply each box's share"
-    ):
+    with pytest.raises(ValueError, match=r"LSM needs 'supports_weights', which FasterRCNNDetector does not have: multiply each box"):
         require(rcnn, "supports_weights", for_method="LSM")
     with pytest.raises(ValueError, match=r"unknown capability 'feature', expected one of .*\(did you mean features\?\)"):
         require(rcnn, "feature", for_method="LSM")
