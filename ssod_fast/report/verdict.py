@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from ssod_fast.report.charts import final_metrics
 from ssod_fast.report.runs import Run, last_value, number, series
 
 # Config keys that name a run rather than change it.
-_NAMING_KEYS = ("name", "out", "output", "run_dir", "overwrite", "resume", "workers", "logger", "hidden_gt")
+_NAMING_KEYS = ("name", "out", "overwrite", "resume", "workers", "threads", "report", "log_every", "preview_images")
+# Data that the baseline does not look at.
+_UNLABELED_KEYS = ("unlabeled", "hidden_gt")
 GOOD_PRECISION = 0.7
 LOW_GATE = 0.3
 
@@ -68,8 +71,14 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
 def differing_settings(run: Run, baseline: Run) -> list[str]:
     """Dotted config keys that both runs have with different values, except those that only name the run or belong to the method."""
     a, b = run.config, baseline.config
-    shared = [key for key in a if key in b and a[key] != b[key]]
-    return [key for key in shared if not key.startswith("method") and key.rsplit(".", 1)[-1] not in _NAMING_KEYS]
+    ignored = {*_NAMING_KEYS, *_UNLABELED_KEYS}
+    shared = [key for key in a if key in b and not key.startswith("method") and key not in ignored]
+    return [key for key in shared if _labeled_part(key, a[key]) != _labeled_part(key, b[key])]
+
+
+def _labeled_part(key: str, value: Any) -> Any:
+    """The labelled images of a batch such as "4:4"; every other value as it is."""
+    return value.partition(":")[0] if key == "batch" and isinstance(value, str) else value
 
 
 def _fairness(run: Run, baseline: Run) -> str:
