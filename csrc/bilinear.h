@@ -32,9 +32,10 @@ SSOD_SAMPLING_HD LinearTap linear_tap(int32_t u, float inv, int32_t size) {
   float f = (static_cast<float>(u) + 0.5f) * inv - 0.5f;
   f = f > 0.0f ? f : 0.0f;
   const float floor_f = floorf(f);
-  const int32_t last = size - 1;
-  const int32_t i = static_cast<int32_t>(floor_f);
-  return {i < last ? i : last, i + 1 < last ? i + 1 : last, f - floor_f};
+  const int32_t last = size - 1, i = static_cast<int32_t>(floor_f);
+  const int32_t i0 = i < last ? i : last, next = i + 1 < last ? i + 1 : last;
+  const float t = f - floor_f;
+  return {i0, t > 0.0f ? next : i0, t};  // without weight a neighbour is not read: its NaN stays where it is
 }
 
 // Support of a triangle that is one output pixel wide on either side (PIL's antialiasing); inv > 1.

@@ -75,7 +75,7 @@ def _triangle_total(low, high, centre, radius):
     while tap < (2.0 * radius).to(tl.int32) + 2:
         total += _triangle_weight(low + tap, low, high, centre, radius)
         tap += 1
-    return total
+    return tl.where(total > 0, total, 1.0)  # no tap at all: only outside of the visible rectangle
 
 
 @triton.jit
@@ -107,10 +107,11 @@ def _sample_linear(p_source, v, u, inv_y, inv_x, height, width, stride_c, stride
     y0, y1 = y0.to(tl.int64) * stride_y, y1.to(tl.int64) * stride_y
     x0, x1 = x0.to(tl.int64) * stride_x, x1.to(tl.int64) * stride_x
     a0, a1, a2 = _read(p_source, y0, x0, stride_c, c0, c1, c2, seen)
-    b0, b1, b2 = _read(p_source, y0, x1, stride_c, c0, c1, c2, seen)
+    right, below = seen & (tx > 0), seen & (ty > 0)  # without weight a neighbour is not read: its NaN stays where it is
+    b0, b1, b2 = _read(p_source, y0, x1, stride_c, c0, c1, c2, right)
     a0, a1, a2 = _lerp(a0, a1, a2, b0, b1, b2, tx)
-    d0, d1, d2 = _read(p_source, y1, x0, stride_c, c0, c1, c2, seen)
-    e0, e1, e2 = _read(p_source, y1, x1, stride_c, c0, c1, c2, seen)
+    d0, d1, d2 = _read(p_source, y1, x0, stride_c, c0, c1, c2, below)
+    e0, e1, e2 = _read(p_source, y1, x1, stride_c, c0, c1, c2, below & right)
     d0, d1, d2 = _lerp(d0, d1, d2, e0, e1, e2, tx)
     return _lerp(a0, a1, a2, d0, d1, d2, ty)
 

@@ -234,9 +234,8 @@ class ComposePlan:
             return
         sums = self._weight_sums()
         b, k = np.argwhere(sums > 1 + WEIGHT_SLACK)[0]
-        raise ValueError(
-            f"canvas {b}: the weights of the placements that overlap placement {k} sum to {sums[b, k]:.6g}, expected at most 1"
-        )
+        total = f"{sums[b, k]:.6g}"
+        raise ValueError(f"canvas {b}, placement {k}: its weight and those of what it overlaps sum to {total}, expected at most 1")
 
     def check_sources(self, n: int) -> None:
         """Raises ValueError where a placement names a source that is not among the `n` given ones."""
