@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class BackboneOptions:
         trainable_layers: how many of the five stages are trained, counted from the deepest.
         same_padding: pad strided convolutions as TensorFlow's "SAME" does, right and bottom first.
         max_pool: make level 6 by subsampling level 5, as Faster R-CNN does, instead of by a convolution.
+        tiny_norm: normalisation of the tiny network, "group" or "batch"; without meaning for the others. Batch norm learns much faster from
+            scratch where batches hold several images; group norm suits steps with one image.
     """
 
     levels: tuple[int, int]
@@ -51,6 +53,7 @@ class BackboneOptions:
     trainable_layers: int = _DEEPEST
     same_padding: bool = False
     max_pool: bool = False
+    tiny_norm: Literal["group", "batch"] = "group"
 
     def __post_init__(self) -> None:
         first, last = self.levels
@@ -62,6 +65,8 @@ class BackboneOptions:
             raise ValueError(f"fpn_channels must be a positive multiple of 8, got {self.fpn_channels}")
         if not 0 <= self.trainable_layers <= _DEEPEST:
             raise ValueError(f"trainable_layers must lie in 0..{_DEEPEST}, got {self.trainable_layers}")
+        if self.tiny_norm not in ("group", "batch"):
+            raise ValueError(f'tiny_norm must be "group" or "batch", got {self.tiny_norm!r}')
 
 
 def build_backbone(name: str, options: BackboneOptions, weights: WeightsFile | None = None) -> BackboneWithFPN:
@@ -75,7 +80,7 @@ def build_backbone(name: str, options: BackboneOptions, weights: WeightsFile | N
     Raises:
         ValueError: unknown name, levels that the network does not have, or weights that do not fit.
     """
-    network = _network(name)
+    network = TinyNet(options.tiny_norm) if name == TINY else _network(name)
     if weights is not None:
         load_backbone(network, weights)
     body = _body(network)
@@ -96,8 +101,6 @@ def backbone_names() -> list[str]:
 
 
 def _network(name: str) -> nn.Module:
-    if name == TINY:
-        return TinyNet()
     names = backbone_names()
     if name not in names:
         raise ValueError(f"unknown backbone {name!r}{near(name, names)}: expected {TINY} or a convolutional network of torchvision.models")
@@ -191,19 +194,22 @@ class LevelP6(ExtraFPNBlock):  # type: ignore[misc]
 class TinyNet(nn.Module):
     """A network of 8 convolutions for images of 128 to 256 pixels on a CPU, trained from scratch.
 
-    Group norm, because one mosaic or a handful of images per step gives poor batch statistics, and statistics of labelled, mixed and mosaic
-    batches differ.
+    Group norm by default, because one mosaic or a handful of images per step gives poor batch statistics, and statistics of labelled, mixed
+    and mosaic batches differ.
+
+    Args:
+        norm: "group" or "batch".
     """
 
     WIDTHS = (16, 32, 48, 64, 96)
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Literal["group", "batch"] = "group") -> None:
         super().__init__()
         blocks, before = [], 3
         for level, width in enumerate(self.WIDTHS, start=1):
-            layers = [_conv_norm(before, width, 2)]
+            layers = [_conv_norm(before, width, 2, norm)]
             if level > 2:
-                layers.append(_conv_norm(width, width, 1))
+                layers.append(_conv_norm(width, width, 1, norm))
             blocks.append(nn.Sequential(*layers))
             before = width
         self.features = nn.Sequential(*blocks)
@@ -213,7 +219,8 @@ class TinyNet(nn.Module):
         return cast(Tensor, self.features(x))
 
 
-def _conv_norm(before: int, width: int, stride: int) -> nn.Sequential:
+def _conv_norm(before: int, width: int, stride: int, norm: str) -> nn.Sequential:
     conv = nn.Conv2d(before, width, 3, stride, 1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.GroupNorm(width // 8, width), nn.ReLU(inplace=True))
+    normalise = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(width // 8, width)
+    return nn.Sequential(conv, normalise, nn.ReLU(inplace=True))
