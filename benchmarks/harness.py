@@ -37,7 +37,9 @@ class Case:
         note: one sentence for the report.
         ceiling_us: our own time must not exceed this.
         peak_limit: memory in bytes that one call of ours may add at its peak; the peers are measured too.
-        target_timing: which GPU timing the targets are about.
+        target_timing: which GPU timing the targets and `ceiling_us` are about.
+        wall_ceiling_us: our eager wall time on a GPU, host overhead included, must not exceed this.
+        eager_only: providers that synchronise with the host and can therefore not be captured in a CUDA graph.
     """
 
     op: str
@@ -53,6 +55,8 @@ class Case:
     ceiling_us: float | None = None
     peak_limit: int | None = None
     target_timing: str = "graph"
+    wall_ceiling_us: float | None = None
+    eager_only: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.op} {self.mode} {self.name} {self.dtype} {self.inputs}"
@@ -221,30 +225,41 @@ def interleave(samplers: Mapping[str, Callable[[int], float]], effort: Effort) -
 
 
 def build_samplers(case: Case, timing: str, device: torch.device) -> dict[str, Callable[[int], float]]:
-    """Samplers of all providers that this timing can serve; a peer that cannot be captured in a CUDA graph is skipped with a line."""
-    samplers = {}
-    for name, call in case.providers.items():
-        try:
-            samplers[name] = sampler_for(timing, call, device)
-        except RuntimeError as error:
-            if name == OURS or timing != "graph":
-                raise
-            print(f"  skip {name} by graph replay: {str(error).splitlines()[0]}")
-    return samplers
+    """Samplers of all providers that this timing can serve."""
+    served = {name: call for name, call in case.providers.items() if timing != "graph" or name not in case.eager_only}
+    return {name: sampler_for(timing, call, device) for name, call in served.items()}
 
 
-def verdict(case: Case, name: str, ratio: float | None, median_us: float, peak: int | None) -> str:
-    """`met` or `missed` where the case sets a target for this provider, else empty."""
-    checks = []
-    if name == OURS and case.ceiling_us is not None:
-        checks.append(median_us <= case.ceiling_us)
-    if name == OURS and case.peak_limit is not None and peak is not None:
-        checks.append(peak <= case.peak_limit)
-    if ratio is not None and name in case.targets:
-        checks.append(ratio >= case.targets[name])
-    if not checks:
-        return ""
-    return "met" if all(checks) else "missed"
+@dataclass(frozen=True)
+class Limits:
+    """What a provider is held to under one timing: for ours a time and a peak of memory, for a peer the ratio to us."""
+
+    ratio: float | None = None
+    time_us: float | None = None
+    peak: int | None = None
+
+    def verdict(self, ratio: float | None, median_us: float, peak: int | None) -> str:
+        """`met` or `missed`; empty where nothing is required or the peak cannot be measured."""
+        checks = []
+        if self.ratio is not None and ratio is not None:
+            checks.append(ratio >= self.ratio)
+        if self.time_us is not None:
+            checks.append(median_us <= self.time_us)
+        if self.peak is not None and peak is not None:
+            checks.append(peak <= self.peak)
+        if not checks:
+            return ""
+        return "met" if all(checks) else "missed"
+
+
+def limits_of(case: Case, name: str, timing: str, kind: str) -> Limits:
+    """What the case requires of a provider under one timing on one kind of device."""
+    targeted = timing == ("wall" if kind == "cpu" else case.target_timing)
+    if name != OURS:
+        return Limits(ratio=case.targets.get(name)) if targeted else Limits()
+    if targeted:
+        return Limits(time_us=case.ceiling_us, peak=case.peak_limit)
+    return Limits(time_us=case.wall_ceiling_us) if timing == "wall" else Limits()
 
 
 def measure_peaks(case: Case, device: torch.device) -> dict[str, int | None]:
@@ -256,14 +271,13 @@ def measure_peaks(case: Case, device: torch.device) -> dict[str, int | None]:
 
 def rows_of(case: Case, timing: str, samples: Mapping[str, list[float]], peaks: Mapping[str, int | None], machine: Machine) -> list[Row]:
     """Turns the samples of one timing into rows, with ratios against our own median."""
-    targeted = timing == "wall" if machine.kind == "cpu" else timing == case.target_timing
     ours_us = statistics.median(samples[OURS]) * 1e6
     rows = []
     for name, seconds in samples.items():
         median_us = statistics.median(seconds) * 1e6
         p20, _, _, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
         ratio = None if name == OURS else median_us / ours_us
-        peak, limit = peaks.get(name), case.peak_limit if name == OURS else None
+        peak, limits = peaks.get(name), limits_of(case, name, timing, machine.kind)
         rows.append(
             Row(
                 op=case.op,
@@ -280,11 +294,11 @@ def rows_of(case: Case, timing: str, samples: Mapping[str, list[float]], peaks: 
                 bytes=case.bytes,
                 limit_share=case.bytes / machine.bandwidth / (median_us * 1e-6),
                 peak_mib=None if peak is None else peak / MIB,
-                peak_limit_mib=None if limit is None else limit / MIB,
+                peak_limit_mib=None if limits.peak is None else limits.peak / MIB,
                 ratio=ratio,
-                target_ratio=case.targets.get(name) if targeted else None,
-                ceiling_us=case.ceiling_us if targeted and name == OURS else None,
-                verdict=verdict(case, name, ratio, median_us, peak) if targeted else "",
+                target_ratio=limits.ratio,
+                ceiling_us=limits.time_us,
+                verdict=limits.verdict(ratio, median_us, peak),
                 note=case.note,
                 **machine.columns(case.op),
             )

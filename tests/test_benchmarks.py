@@ -81,6 +81,31 @@ def test_ratios_and_verdicts() -> None:
     assert slow.verdict == "missed"
 
 
+def test_gpu_targets_are_about_one_timing() -> None:
+    harness = load("harness")
+    case = fake_case(targets={"peer": 2.0}, ceiling_us=5.0, wall_ceiling_us=60.0, peak_limit=8)
+    assert harness.limits_of(case, "peer", "graph", "cuda") == harness.Limits(ratio=2.0)
+    assert harness.limits_of(case, "peer", "wall", "cuda") == harness.Limits()
+    assert harness.limits_of(case, "ours", "graph", "cuda") == harness.Limits(time_us=5.0, peak=8)
+    assert harness.limits_of(case, "ours", "wall", "cuda") == harness.Limits(time_us=60.0)
+    assert harness.limits_of(case, "ours", "event", "cuda") == harness.Limits()
+    assert harness.Limits(peak=8).verdict(None, 1.0, peak=9) == "missed"
+    assert harness.Limits(peak=8).verdict(None, 1.0, peak=None) == ""
+
+
+@pytest.mark.gpu
+def test_every_gpu_timing() -> None:
+    harness, machine = load("harness"), load("machine")
+    x = torch.rand(1 << 20, device="cuda")
+    providers = {"ours": lambda: x + 1, "peer": lambda: (x + 1) * 2, "syncs": lambda: (x + 1).sum().item()}
+    case = harness.Case("x", "1M", "add", "float32", "uniform", 1 << 23, providers, lambda: None, {"peer": 1.1}, eager_only=("syncs",))
+    rows = harness.run_case(case, machine.describe("cuda", 1), harness.QUICK)
+    assert {row.timing for row in rows if row.provider == "syncs"} == {"wall", "event"}
+    graph = {row.provider: row for row in rows if row.timing == "graph"}
+    assert graph["peer"].median_us > graph["ours"].median_us > 0
+    assert graph["peer"].verdict == "met"
+
+
 def test_peak_counts_temporaries() -> None:
     machine = load("machine")
     if machine.peak_bytes(lambda: None, torch.device("cpu")) is None:

@@ -85,6 +85,7 @@ def forward_case(
         targets=forward_targets(mode, target, "torch.compile" in peers, "formulas" in peers and len(shape) == 3),
         ceiling_us=ceiling,
         peak_limit=matrix + SLACK if limit_peak else None,
+        eager_only=("kornia",),
     )
 
 
