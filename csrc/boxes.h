@@ -70,6 +70,12 @@ void with_rule(Mode mode, bool zero, F&& f) {
   }
 }
 
+// Calls f with a run-time flag as a compile-time constant.
+template <typename F>
+void with_flag(bool flag, F&& f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
 // Comparisons rather than fmin/fmax: one instruction each, and a NaN on the left yields the right-hand side.
 template <typename T>
 SSOD_HD T lower(T a, T b) {
@@ -290,13 +296,13 @@ SSOD_HD void axis_gradients(T a1, T a2, T b1, T b2, T d_inner, T d_outer, T& ga1
 }
 
 // Gradients of grad * overlap(a, b) with respect to the corners of both boxes; ties and clamps as in torch's autograd.
-template <Mode mode, bool zero, typename T>
-SSOD_HD void overlap_gradients(const Box<T>& a, const Box<T>& b, const Eps<T>& eps, T grad, bool nan_zero,
-                               CornerGrads<T>& ga, CornerGrads<T>& gb) {
+template <Mode mode, bool zero, bool nan_zero, typename T>
+SSOD_HD void overlap_gradients(const Box<T>& a, const Box<T>& b, const Eps<T>& eps, T grad, CornerGrads<T>& ga,
+                               CornerGrads<T>& gb) {
   constexpr bool outer = mode == Mode::giou || mode == Mode::diou || mode == Mode::ciou;
   const Pair<T> p = make_pair_values<mode, zero>(a, b, eps);
   Partials<T> d = make_partials<mode, zero>(a, b, p, eps, grad);
-  if (nan_zero) {
+  if constexpr (nan_zero) {
     const T value = overlap<mode, zero>(a, b, eps);
     const bool bad = value != value;
     d = {bad ? T(0) : d.inter, bad ? T(0) : d.union_, bad ? T(0) : d.ew,

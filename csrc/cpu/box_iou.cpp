@@ -129,7 +129,7 @@ Tensor box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t mode, int64_t
                bool nan_zero, ScalarType dtype) {
   std::vector<int64_t> sizes = leading_sizes(boxes1, boxes1.dim() - 1);
   sizes.push_back(boxes2.size(boxes2.dim() - 2));
-  Tensor out = new_output(boxes1, sizes, dtype);
+  Tensor out = new_output(sizes, dtype);
   box_iou_out(boxes1, boxes2, mode, fmt, eps_mode, eps, nan_zero, out);
   return out;
 }
@@ -138,7 +138,7 @@ Tensor ragged_box_iou(const Tensor& boxes1, const Tensor& offsets1, const Tensor
                       int64_t max_boxes2, double pad_value, int64_t mode, int64_t fmt, int64_t eps_mode, double eps,
                       bool nan_zero, ScalarType dtype) {
   const int64_t rows = boxes1.size(0), cols = boxes2.size(0);
-  Tensor out = new_output(boxes1, {rows, max_boxes2}, dtype);
+  Tensor out = new_output({rows, max_boxes2}, dtype);
   Problem p{boxes1,
             boxes2,
             ragged_groups(offsets1, offsets2, rows, cols),

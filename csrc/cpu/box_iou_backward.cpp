@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <tuple>
 
 #include "boxes.h"
@@ -15,44 +14,40 @@ namespace ssod {
 namespace {
 
 constexpr int64_t kRowTile = 64;
-constexpr int64_t kColumnBlock = 512;
-constexpr int64_t kLanes = 16;
+constexpr int64_t kColumnBlock = 512;  // five planes, four row blocks and four column sums: 26 KiB in float32
+constexpr int64_t kLanes = 32;
 
-// Gradients of corners, one plane each.
-template <typename T>
-using GradPlanes = std::array<T*, 4>;
-
-template <typename T>
-SSOD_HD void add_at(const GradPlanes<T>& sums, int64_t i, const CornerGrads<T>& g) {
-  sums[0][i] += g.x1;
-  sums[1][i] += g.y1;
-  sums[2][i] += g.x2;
-  sums[3][i] += g.y2;
+// Gradients of the pairs (a, b[j]): those of a are written to four rows of kColumnBlock, those of b added to four
+// column sums.
+template <Mode mode, bool zero, bool nan_zero, typename T>
+SSOD_CLONES static void gradient_row(const Box<T> a, const Planes<T> b, const T* __restrict grad, const Eps<T> eps,
+                                     T* __restrict row, T* __restrict x1, T* __restrict y1, T* __restrict x2,
+                                     T* __restrict y2, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    CornerGrads<T> ga, gb;
+    overlap_gradients<mode, zero, nan_zero>(a, b.at(j), eps, grad[j], ga, gb);
+    row[j] = ga.x1;
+    row[kColumnBlock + j] = ga.y1;
+    row[2 * kColumnBlock + j] = ga.x2;
+    row[3 * kColumnBlock + j] = ga.y2;
+    x1[j] += gb.x1;
+    y1[j] += gb.y1;
+    x2[j] += gb.x2;
+    y2[j] += gb.y2;
+  }
 }
 
-// Adds the gradients of the pairs (a, b[j]) to kLanes partial sums for a and to one sum per column for b.
-template <Mode mode, bool zero, typename T>
-SSOD_CLONES static void gradient_row(const Box<T> a, const Planes<T> b, const T* __restrict grad, const Eps<T> eps,
-                                     bool nan_zero, T* __restrict row_sums, T* __restrict column_sums,
-                                     int64_t column_stride, int64_t n) {
-  const GradPlanes<T> rows{row_sums, row_sums + kLanes, row_sums + 2 * kLanes, row_sums + 3 * kLanes};
-  const GradPlanes<T> columns{column_sums, column_sums + column_stride, column_sums + 2 * column_stride,
-                              column_sums + 3 * column_stride};
-  const auto pair = [&](int64_t j, int64_t lane) __attribute__((always_inline)) {
-    CornerGrads<T> ga, gb;
-    overlap_gradients<mode, zero>(a, b.at(j), eps, grad[j], nan_zero, ga, gb);
-    add_at(rows, lane, ga);
-    add_at(columns, j, gb);
-  };
+// Adds values[0..n) to kLanes partial sums: one running sum would not vectorise.
+template <typename T>
+SSOD_CLONES static void add_to_lanes(const T* __restrict values, int64_t n, T* __restrict lanes) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
-#pragma GCC ivdep
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      pair(j + lane, lane);
+      lanes[lane] += values[j + lane];
     }
   }
   for (int64_t lane = 0; j + lane < n; ++lane) {
-    pair(j + lane, lane);
+    lanes[lane] += values[j + lane];
   }
 }
 
@@ -83,7 +78,6 @@ struct Problem {
   const BoxGroups& groups;
   BoxRule rule;
   Eps<T> eps;
-  bool nan_zero;
   T* out1;  // [rows, 4], null where it is not wanted
 };
 
@@ -103,18 +97,23 @@ void store_row(T* out, const T* sums, Format format) {
 }
 
 // Rows [begin, end): gradients of boxes1 are finished, those of boxes2 added to `column_sums` (four planes of `cols`).
-template <Mode mode, bool zero, typename T>
+template <Mode mode, bool zero, bool nan_zero, typename T>
 void scan(const Problem<T>& p, int64_t begin, int64_t end, T* column_sums, int64_t cols) {
   for_each_tile(p.groups, begin, end, kRowTile, [&](const BoxGroup& group, int64_t first, int64_t count) {
     PlaneTile<T, kRowTile> a;
     p.set1.load_planes(first, count, p.rule, a.planes());
     alignas(64) T row_sums[kRowTile][4 * kLanes] = {};
-    alignas(64) T buffer[kColumnBlock];
+    alignas(64) T buffer[kColumnBlock], row[4 * kColumnBlock];
     for (int64_t j = 0; j < group.cols; j += kColumnBlock) {
       const int64_t n = std::min(kColumnBlock, group.cols - j), column = group.col0 + j;
+      T* const sums = column_sums + column;
       for (int64_t i = 0; i < count; ++i) {
-        gradient_row<mode, zero>(a.planes().at(i), p.planes2.from(column), p.grad.block(first + i, j, n, buffer), p.eps,
-                                 p.nan_zero, row_sums[i], column_sums + column, cols, n);
+        const T* grad = p.grad.block(first + i, j, n, buffer);
+        gradient_row<mode, zero, nan_zero>(a.planes().at(i), p.planes2.from(column), grad, p.eps, row, sums,
+                                           sums + cols, sums + 2 * cols, sums + 3 * cols, n);
+        for (int64_t c = 0; c < 4; ++c) {
+          add_to_lanes(row + c * kColumnBlock, n, row_sums[i] + c * kLanes);
+        }
       }
     }
     for (int64_t i = 0; p.out1 && i < count; ++i) {
@@ -141,7 +140,7 @@ void merge_parts(const std::vector<T>& sums, int64_t parts, int64_t cols, Format
   });
 }
 
-template <Mode mode, bool zero, typename T>
+template <Mode mode, bool zero, bool nan_zero, typename T>
 void run(const Problem<T>& p, int64_t cols, T* out2) {
   constexpr int64_t kPairsPerPart = 1 << 17, kMaxParts = 16;
   const int64_t rows = p.set1.rows.count;
@@ -149,7 +148,7 @@ void run(const Problem<T>& p, int64_t cols, T* out2) {
   std::vector<T> column_sums(parts * 4 * cols);
   parallel_rows(parts, kPairsPerPart, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      scan<mode, zero>(p, rows * k / parts, rows * (k + 1) / parts, column_sums.data() + 4 * k * cols, cols);
+      scan<mode, zero, nan_zero>(p, rows * k / parts, rows * (k + 1) / parts, column_sums.data() + 4 * k * cols, cols);
     }
   });
   if (out2) {
@@ -160,8 +159,8 @@ void run(const Problem<T>& p, int64_t cols, T* out2) {
 std::tuple<Tensor, Tensor> box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int64_t mode, int64_t fmt,
                                             int64_t eps_mode, double eps, bool nan_zero, bool need1, bool need2) {
   const std::vector<int64_t> none{0};
-  Tensor out1 = new_output(boxes1, need1 ? leading_sizes(boxes1, boxes1.dim()) : none);
-  Tensor out2 = new_output(boxes2, need2 ? leading_sizes(boxes2, boxes2.dim()) : none);
+  Tensor out1 = new_output(need1 ? leading_sizes(boxes1, boxes1.dim()) : none, boxes1.scalar_type());
+  Tensor out2 = new_output(need2 ? leading_sizes(boxes2, boxes2.dim()) : none, boxes1.scalar_type());
   const int64_t rows = boxes1.numel() / 4, cols = boxes2.numel() / 4;
   const BoxGroups groups = dense_groups(boxes1, boxes2, rows, cols);
   const BoxRule rule = make_box_rule(mode, fmt, eps_mode);
@@ -175,11 +174,11 @@ std::tuple<Tensor, Tensor> box_iou_backward(Tensor grad, Tensor boxes1, Tensor b
                        groups,
                        rule,
                        make_eps<T>(static_cast<EpsMode>(eps_mode), eps),
-                       nan_zero,
                        need1 ? static_cast<T*>(out1.data_ptr()) : nullptr};
     T* const data2 = need2 ? static_cast<T*>(out2.data_ptr()) : nullptr;
-    with_rule(static_cast<Mode>(mode), rule.zero,
-              [&](auto mode_c, auto zero_c) { run<mode_c(), zero_c()>(p, cols, data2); });
+    with_rule(static_cast<Mode>(mode), rule.zero, [&](auto mode_c, auto zero_c) {
+      with_flag(nan_zero, [&](auto nan_zero_c) { run<mode_c(), zero_c(), nan_zero_c()>(p, cols, data2); });
+    });
   };
   boxes1.scalar_type() == ScalarType::Double ? typed(double{}) : typed(float{});
   return {out1, out2};

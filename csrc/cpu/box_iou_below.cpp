@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor> box_iou_below(Tensor boxes, Tensor others, std::optio
                                          std::optional<Tensor> offsets2, double threshold, int64_t mode, int64_t fmt,
                                          int64_t eps_mode, double eps, bool return_max) {
   const std::vector<int64_t> sizes = leading_sizes(boxes, boxes.dim() - 1), none{0};
-  Tensor below = new_output(boxes, sizes, ScalarType::Bool), maxima = new_output(boxes, return_max ? sizes : none);
+  Tensor below = new_output(sizes, ScalarType::Bool);
+  Tensor maxima = new_output(return_max ? sizes : none, boxes.scalar_type());
   const BoxGroups groups = make_groups(boxes, others, offsets1, offsets2, boxes.numel() / 4, others.numel() / 4);
   const BoxRule rule = make_box_rule(mode, fmt, eps_mode);
   const auto typed = [&](auto t) {

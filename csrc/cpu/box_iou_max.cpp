@@ -16,46 +16,50 @@ namespace {
 
 constexpr int64_t kRowTile = 64;
 constexpr int64_t kColumnBlock = 1024;
-constexpr int64_t kLanes = 64;
+constexpr int64_t kLanes = 32;
+
+// Rounds the block up to whole lanes with values that no maximum takes.
+template <typename T>
+int64_t pad_to_lanes(T* values, int64_t n) {
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  std::fill(values + n, values + padded, -std::numeric_limits<T>::infinity());
+  return padded;
+}
 
 // Largest of values[0..n) that is not NaN, or -inf. Independent lanes: one running maximum would not vectorise.
 template <typename T>
 SSOD_CLONES static T largest(const T* __restrict values, int64_t n) {
   T lane[kLanes];
-  std::fill(lane, lane + kLanes, -std::numeric_limits<T>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t k = 0; k < kLanes; ++k) {
+    lane[k] = upper(values[k], -std::numeric_limits<T>::infinity());
+  }
+  for (int64_t i = kLanes; i < n; i += kLanes) {
     for (int64_t k = 0; k < kLanes; ++k) {
       lane[k] = upper(values[i + k], lane[k]);
     }
   }
-  for (int64_t k = 0; i + k < n; ++k) {
-    lane[k] = upper(values[i + k], lane[k]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t k = 0; k < half; ++k) {
+      lane[k] = upper(lane[k], lane[k + half]);
+    }
   }
-  T best = lane[0];
-  for (int64_t k = 1; k < kLanes; ++k) {
-    best = upper(lane[k], best);
-  }
-  return best;
+  return lane[0];
 }
 
 // Position of the first of values[0..n) that equals `wanted`; it must be there.
 template <typename T>
 SSOD_CLONES static int64_t position(const T* __restrict values, int64_t n, T wanted) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    int found = 0;
-    for (int64_t k = 0; k < kLanes; ++k) {
-      found |= values[i + k] == wanted;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    int first = kLanes;
+    for (int k = 0; k < kLanes; ++k) {
+      const int here = values[i + k] == wanted ? k : static_cast<int>(kLanes);
+      first = here < first ? here : first;
     }
-    if (found) {
-      break;
+    if (first < kLanes) {
+      return i + first;
     }
   }
-  while (values[i] != wanted) {
-    ++i;
-  }
-  return i;
+  return n;
 }
 
 // Column maxima: merges one row into them. The earliest row keeps a tie.
@@ -115,10 +119,13 @@ void scan(const Problem<T>& p, int64_t begin, int64_t end, Best<T>* columns) {
       for (int64_t i = 0; i < count; ++i) {
         alignas(64) T block[kColumnBlock];
         overlap_row<mode, zero>(a.planes().at(i), p.planes2.from(column), p.eps, block, n);
-        const T top = p.rows.wanted() ? largest(block, n) : best[i];
-        if (top > best[i]) {
-          best[i] = top;
-          arg[i] = j + position(block, n, top);
+        if (p.rows.wanted()) {
+          const int64_t padded = pad_to_lanes(block, n);
+          const T top = largest(block, padded);
+          if (top > best[i]) {
+            best[i] = top;
+            arg[i] = j + position(block, padded, top);
+          }
         }
         if (columns) {
           merge_row(block, static_cast<int32_t>(first + i - group.row0), &columns->value[column], &columns->arg[column],
@@ -171,8 +178,8 @@ struct Outputs {
   Tensor values, indices;
 
   Outputs(const Tensor& boxes, bool wanted)
-      : values(new_output(boxes, sizes(boxes, wanted))),
-        indices(new_output(boxes, sizes(boxes, wanted), ScalarType::Long)) {}
+      : values(new_output(sizes(boxes, wanted), boxes.scalar_type())),
+        indices(new_output(sizes(boxes, wanted), ScalarType::Long)) {}
 
   static std::vector<int64_t> sizes(const Tensor& boxes, bool wanted) {
     return wanted ? leading_sizes(boxes, boxes.dim() - 1) : std::vector<int64_t>{0};

@@ -18,8 +18,8 @@ struct Planes {
   T *x1, *y1, *x2, *y2, *area, *angle;
 
   // `angle` may hold anything unless `with_angle` was set in load_planes.
-  Box<T> at(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i], area[i], angle[i]}; }
-  Planes from(int64_t i) const { return {x1 + i, y1 + i, x2 + i, y2 + i, area + i, angle + i}; }
+  SSOD_HD Box<T> at(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i], area[i], angle[i]}; }
+  SSOD_HD Planes from(int64_t i) const { return {x1 + i, y1 + i, x2 + i, y2 + i, area + i, angle + i}; }
 };
 
 // Planes of a few boxes on the stack.
@@ -56,9 +56,8 @@ inline BoxRule make_box_rule(int64_t mode, int64_t format, int64_t eps_mode) {
           static_cast<Mode>(mode) == Mode::ciou};
 }
 
-template <typename T>
-SSOD_CLONES static void unpack_boxes(const T* __restrict boxes, int64_t n, Format format, bool zero,
-                                     const Planes<T> out) {
+template <bool zero, typename T>
+SSOD_CLONES static void unpack_rows(const T* __restrict boxes, int64_t n, Format format, const Planes<T> out) {
   for (int64_t i = 0; i < n; ++i) {  // [n, 4]
     const Box<T> box = make_box(boxes[4 * i], boxes[4 * i + 1], boxes[4 * i + 2], boxes[4 * i + 3], format, zero);
     out.x1[i] = box.x1;
@@ -67,6 +66,11 @@ SSOD_CLONES static void unpack_boxes(const T* __restrict boxes, int64_t n, Forma
     out.y2[i] = box.y2;
     out.area[i] = box.area;
   }
+}
+
+template <typename T>
+void unpack_boxes(const T* boxes, int64_t n, const BoxRule& rule, const Planes<T>& out) {
+  rule.zero ? unpack_rows<true>(boxes, n, rule.format, out) : unpack_rows<false>(boxes, n, rule.format, out);
 }
 
 // A set of boxes [..., 4], addressed by the flattened index of the leading dimensions.
@@ -79,7 +83,7 @@ struct BoxSet {
   void load_planes(int64_t first, int64_t n, const BoxRule& rule, const Planes<T>& out) const {
     constexpr int64_t kGather = 256;
     if (rows.dense(4)) {
-      unpack_boxes(data + 4 * first, n, rule.format, rule.zero, out);
+      unpack_boxes(data + 4 * first, n, rule, out);
     } else {
       alignas(64) T gathered[4 * kGather];
       for (int64_t i = 0; i < n; i += kGather) {
@@ -87,7 +91,7 @@ struct BoxSet {
         for (int64_t j = 0; j < part; ++j) {
           std::memcpy(gathered + 4 * j, data + rows.offset(first + i + j), 4 * sizeof(T));
         }
-        unpack_boxes(gathered, part, rule.format, rule.zero, out.from(i));
+        unpack_boxes(gathered, part, rule, out.from(i));
       }
     }
     if (rule.with_angle) {

@@ -2,11 +2,10 @@
 #pragma once
 
 #include <sys/mman.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 namespace ssod {
@@ -28,22 +27,27 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   if (begin < end) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal costs time alone
   }
+#else
+  (void)data, (void)bytes;
 #endif
 }
 
-// Uninitialised contiguous tensor on the device of `like`.
-inline Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(like, sizes, dtype);
-  int64_t bytes = static_cast<int64_t>(out.element_size());
-  for (const int64_t size : sizes) {
-    bytes *= size;
+// Uninitialised contiguous CPU tensor. The allocator is called directly: torch::stable::new_empty looks aten::new_empty
+// up by name each time, which takes longer than a small kernel.
+inline Tensor new_output(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = count;
+    count *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  advise_huge_pages(out.data_ptr(), bytes);
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
-}
-
-inline Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return new_output(like, sizes, like.scalar_type());
 }
 
 // The first `count` sizes of a tensor.

@@ -19,6 +19,11 @@ ZERO, NONE, MAX, ADD = range(4)
 _DEFAULT_EPS = (0.0, 1e-7, 1e-6, 1e-7)  # by eps_mode; "none" adds it to the denominators of DIoU and CIoU only, as torchvision does
 
 
+_REAL = frozenset(
+    (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+)
+
+
 class Rule(NamedTuple):
     """How a pair is scored, as the integers and the float that the op schemas take."""
 
@@ -54,15 +59,6 @@ def nan_is_zero(nan: str) -> bool:
     raise ValueError(f"nan must be 'propagate' or 'zero', got {nan!r}")
 
 
-def _check_boxes(name: str, boxes: Any) -> None:
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(boxes).__name__}")
-    if boxes.is_complex() or boxes.dtype == torch.bool:
-        raise TypeError(f"{name} must have a real number dtype, got {boxes.dtype}")
-    if boxes.dim() < 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name} must have shape [..., 4], got {list(boxes.shape)}")
-
-
 def _computable(boxes: Tensor, dtype: torch.dtype) -> Tensor:
     """`boxes` in the compute dtype with the four numbers of a box side by side; no copy if they already are."""
     boxes = boxes.to(dtype)
@@ -71,13 +67,22 @@ def _computable(boxes: Tensor, dtype: torch.dtype) -> Tensor:
 
 def as_computable(boxes1: Tensor, boxes2: Tensor, name1: str = "boxes1", name2: str = "boxes2") -> tuple[Tensor, Tensor]:
     """Checks two sets of boxes and brings them to the compute dtype: float64 if either is float64, else float32."""
-    _check_boxes(name1, boxes1)
-    _check_boxes(name2, boxes2)
+    for name, boxes in ((name1, boxes1), (name2, boxes2)):
+        if not isinstance(boxes, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(boxes).__name__}")
+        if boxes.dtype not in _REAL:
+            raise TypeError(f"{name} must have a real number dtype, got {boxes.dtype}")
+        if boxes.dim() < 1 or boxes.shape[-1] != 4:
+            raise ValueError(f"{name} must have shape [..., 4], got {list(boxes.shape)}")
     if boxes1.device != boxes2.device:
         raise ValueError(f"{name1} and {name2} must be on one device, got {boxes1.device} and {boxes2.device}")
-    wide = boxes1.dtype == torch.float64 or boxes2.dtype == torch.float64
+    wide = boxes1.dtype is torch.float64 or boxes2.dtype is torch.float64
     dtype = torch.float64 if wide else torch.float32
-    return _computable(boxes1, dtype), _computable(boxes2, dtype)
+    if boxes1.dtype is not dtype or boxes1.stride(-1) != 1:
+        boxes1 = _computable(boxes1, dtype)
+    if boxes2.dtype is not dtype or boxes2.stride(-1) != 1:
+        boxes2 = _computable(boxes2, dtype)
+    return boxes1, boxes2
 
 
 def check_pairwise(boxes1: Tensor, boxes2: Tensor, name1: str = "boxes1", name2: str = "boxes2") -> None:
