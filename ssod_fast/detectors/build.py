@@ -187,7 +187,7 @@ def _defaults(family: str, backbone: str, file: WeightsFile | None) -> dict[str,
     if file is not None:
         values |= {"frozen_bn": True, "trainable_layers": 3, "same_padding": file.same_padding}
     if backbone == TINY:
-        # One convolution per branch learns synthetic scenes faster than two: AP50 .30 and .35 against .24 and .22 after 300 steps (2 seeds).
+        # One convolution per branch learns synthetic scenes sooner than two: AP50 .30, .35 against .24, .22 after 300 steps (2 seeds).
         values |= {"levels": (2, 5) if two_stage else (3, 5), "fpn_channels": 64, "head_convs": 1, "prior_distance": 2.0}
         values |= {"anchor_scale": 4.0 if two_stage else 2.0, "representation_size": 256}
         values |= _TINY_PROPOSALS if two_stage else {}
