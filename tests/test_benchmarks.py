@@ -177,4 +177,5 @@ def test_ptxas_records() -> None:
         "smem": "512",
     }
     assert (second["registers"], second["smem"]) == ("8", "0")
-    assert load("compile_report").readable(["_Z12plain_kernelPf"]) == ["plain_kernel"]
+    mangled = ["_Z12plain_kernelPf", "_Z3fooIfL4Mode2EEvPT_"]
+    assert load("compile_report").readable(mangled) == ["plain_kernel", "foo<float, (Mode)2>"]
