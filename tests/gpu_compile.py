@@ -2,8 +2,8 @@
 
     python tests/gpu_compile.py
 
-compiles every kernel of the IoU family for sm_90 in float32 and for sm_80 in float64 and prints a line for each. It runs in a process of
-its own, because the tests' process has the interpreter switched on.
+compiles every kernel of the IoU family for sm_90 in float32 and for sm_80 in float64, and those of compose for both, and prints a line for
+each. It runs in a process of its own, because the tests' process has the interpreter switched on.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ class Compiler:
         return self._compile
 
     def _compile(self, *args: Any, **options: Any) -> None:
+        names = [parameter.name for parameter in self.kernel.params]
+        values = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
         signature, constants = {}, {}
-        for parameter, value in zip(self.kernel.params, args, strict=True):
-            kind = "constexpr" if parameter.is_constexpr else _type(value)
+        for parameter in self.kernel.params:
+            value = values[parameter.name]
+            kind = "constexpr" if parameter.is_constexpr else _type(value, parameter.do_not_specialize)
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[(parameter.num,)] = value
@@ -50,12 +53,12 @@ class Compiler:
         self.seen(self.kernel.__name__, compiled.asm["ptx"])
 
 
-def _type(value: object) -> str:
-    """Triton's type of an argument; a launch bakes an integer 1 into the kernel, so it is a constant here too."""
+def _type(value: object, plain: bool) -> str:
+    """Triton's type of an argument; a launch bakes an integer 1 into the kernel, so it is a constant here too, unless it is `plain`."""
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, int):
-        return "constexpr" if value == 1 else "i32" if abs(value) < 2**31 else "i64"
+        return "constexpr" if value == 1 and not plain else "i32" if abs(value) < 2**31 else "i64"
     return "fp32"
 
 
@@ -85,9 +88,28 @@ def launch_boxes(mode: str, eps_mode: str, dtype: torch.dtype) -> None:
         box_iou_below.box_iou_below(first, second, offsets, offsets, 0.3, *rule, offsets is None)
 
 
+def launch_compose(interp: int, dtype: torch.dtype) -> None:
+    """Calls every launcher of compose, with a list of sources and with dense blocks."""
+    from ssod_fast.kernels import compose, compose_boxes
+    from ssod_fast.ops.compose_plan import ComposePlan, Placement
+
+    plan = ComposePlan.from_placements([(40, 50)], [[Placement(0, (8, 9), erase=[(1, 1, 3, 3)]), Placement(1, (8, 9))]]).to("cpu")
+    tables = (plan.canvas, plan.place_i, plan.place_f, plan.erase, plan.erase_canvas)
+    colours = ([1.0] * 3, [2.0] * 3, [0.0] * 3)
+    images = [torch.zeros(3, 8, 9, dtype=torch.uint8)] * 2
+    compose.compose_images(images, None, *tables, 64, 64, *colours, interp, False, dtype, 0.0, False, False)
+    blocks, sizes = [torch.zeros(1, 3, 8, 9)] * 2, torch.tensor([[8, 9]] * 2, dtype=torch.int32)
+    compose.compose_images(blocks, sizes, *tables, 64, 64, *colours, interp, True, torch.uint8, 0.0, True, True)
+    compose.cache_write(torch.zeros(3, 300, dtype=torch.uint8), images, [0, 2])
+    rows, count = torch.rand(2, 5), torch.tensor([5, 3], dtype=torch.int32)
+    for over in (False, True):
+        boxes = (torch.rand(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64), rows, rows, count)
+        compose_boxes.compose_boxes(*boxes, *tables[1:4], 8, 0.7, False, 0.1, None, over, over)
+
+
 def main() -> None:
     """Compiles and checks that every division is exact and no product is contracted."""
-    from ssod_fast.kernels import box_iou, box_iou_below, box_iou_max, paired_box_iou
+    from ssod_fast.kernels import box_iou, box_iou_below, box_iou_max, compose, compose_boxes, paired_box_iou
 
     def check(name: str, ptx: str) -> None:
         assert "fma." not in ptx, f"{name} contracts a product into a sum"
@@ -97,9 +119,10 @@ def main() -> None:
 
     cases = {90: ("giou", "zero", torch.float32), 80: ("ciou", "add", torch.float64)}
     for capability, case in cases.items():
-        for module in (box_iou, box_iou_below, box_iou_max, paired_box_iou):
+        for module in (box_iou, box_iou_below, box_iou_max, compose, compose_boxes, paired_box_iou):
             compiling(module, capability, check)
         launch_boxes(*case)
+        launch_compose(*((2, torch.float32) if capability == 90 else (1, torch.bfloat16)))
 
 
 if __name__ == "__main__":

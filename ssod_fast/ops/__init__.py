@@ -3,19 +3,32 @@
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, ragged_box_iou
 from .box_iou_below import box_iou_below
 from .box_iou_max import BoxMax, box_iou_max
+from .compose import cache_view, cache_write, compose_boxes, compose_images, valid_mask
+from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, Placement, PlanTables
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
 
 __all__ = [
+    "FLIP_X",
+    "FLIP_Y",
     "BoxMax",
+    "BoxRule",
+    "ComposePlan",
+    "Placement",
+    "PlanTables",
     "box_iou",
     "box_iou_below",
     "box_iou_max",
+    "cache_view",
+    "cache_write",
     "complete_box_iou",
+    "compose_boxes",
+    "compose_images",
     "distance_box_iou",
     "generalized_box_iou",
     "paired_box_iou",
     "paired_iou_loss",
     "project_boxes",
     "ragged_box_iou",
+    "valid_mask",
 ]

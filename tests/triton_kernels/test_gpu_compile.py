@@ -18,6 +18,9 @@ KERNELS = {
     "paired_box_iou_bwd_kernel",
     "box_iou_max_kernel",
     "box_iou_below_kernel",
+    "compose_images_kernel",
+    "compose_boxes_kernel",
+    "cache_write_kernel",
 }
 
 
