@@ -212,14 +212,18 @@ def calibrate(sample: Callable[[int], float], effort: Effort) -> tuple[int, floa
 
 
 def interleave(samplers: Mapping[str, Callable[[int], float]], effort: Effort) -> dict[str, list[float]]:
-    """Samples of every provider in turn, round after round, so that noise of the machine hits all of them alike. Seconds per call."""
+    """Samples of every provider in turn, round after round, so that noise of the machine hits all of them alike. Seconds per call.
+
+    One untimed call precedes each sample: the provider before has just emptied the caches and the heap.
+    """
     plans = {name: calibrate(sample, effort) for name, sample in samplers.items()}
-    round_s = sum(seconds for _, seconds in plans.values())
+    round_s = sum(seconds * (1 + 1 / repeats) for repeats, seconds in plans.values())
     rounds = min(effort.max_rounds, max(effort.min_rounds, int(effort.case_s / round_s)))
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     with quiet_heap():
         for _ in range(rounds):
             for name, sample in samplers.items():
+                sample(1)
                 samples[name].append(sample(plans[name][0]))
     return samples
 
