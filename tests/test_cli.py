@@ -73,7 +73,7 @@ def test_precedence_of_settings(tmp_path: Path) -> None:
     assert (config.labeled, config.iters, config.lr) == (Path("d"), 70, 0.1)
     assert config.method == MixPLConfig(cls_pseudo_thr=0.4, unsup_weight=4.0, least_num=2)  # 0.4: the preset for RetinaNet
     assert parse_train(["x", f"--config={path}", "--method=supervised"]).method == SupervisedConfig()
-    assert parse_train(["x", "--model", "torchvision:fcos_resnet50_fpn"]).method.cls_pseudo_thr == 0.3
+    assert parse_train(["x", "--model", "torchvision:fcos_resnet50_fpn"]).method.cls_pseudo_thr == 0.55
     assert parse_train(["x", "--config", str(path)]).labeled == Path("x")
 
 

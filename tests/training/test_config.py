@@ -111,7 +111,7 @@ def test_resolved_values_follow_from_others() -> None:
 
 
 def test_threshold_preset_by_detector_family() -> None:
-    assert method_defaults("mixpl", "torchvision:fcos_mobilenet_v2_fpn").cls_pseudo_thr == 0.3
+    assert method_defaults("mixpl", "torchvision:fcos_mobilenet_v2_fpn").cls_pseudo_thr == 0.55
     assert method_defaults("mixpl", "torchvision:retinanet_resnet50_fpn").cls_pseudo_thr == 0.4
     assert method_defaults("mixpl", "my.module:make").cls_pseudo_thr == 0.7
     assert method_defaults("supervised", "x") == SupervisedConfig()

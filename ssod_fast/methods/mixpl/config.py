@@ -17,8 +17,9 @@ def _official_ema() -> EMAConfig:
 class MixPLConfig:
     """MixPL (arXiv 2312.07006). Defaults are those of the released code at commit 9f2176a, where not said otherwise."""
 
-    # Scores must exceed this. Released configs: Faster R-CNN 0.7, RetinaNet, TOOD and DINO 0.4, FCOS 0.3. It also is the only burn-in of
-    # the official recipe: while one image of the batch has no box above it, the unsupervised loss is shut.
+    # Scores must exceed this. Released configs: Faster R-CNN 0.7, RetinaNet, TOOD and DINO 0.4, FCOS 0.3 (of class times centerness, whose
+    # square root torchvision takes: 0.55 there). It also is the only burn-in of the official recipe: while one image of the batch has no
+    # box above it, the unsupervised loss is shut.
     cls_pseudo_thr: float = 0.7
     sup_weight: float = 1.0
     unsup_weight: float = 2.0
