@@ -42,7 +42,7 @@ class MetricsLog:
             handle.write(line + "\n")
 
     def write_csv(self) -> None:
-        """Writes results.csv anew, one row per evaluation."""
+        """Writes results.csv anew."""
         if self.active:
             write_text(self.csv_path, results_csv(read_lines(self.path)))
 
@@ -72,8 +72,14 @@ def truncate(path: Path, iterations: int) -> None:
 
 
 def results_csv(lines: Iterable[Line]) -> str:
-    """One row per evaluation: iteration, time, learning rate, losses by branch, pseudo labels, the COCO numbers of both models."""
+    """One row per evaluation: iteration, time, learning rate, losses by branch, pseudo labels, the COCO numbers of both models.
+
+    Without any evaluation, one row per train line.
+    """
     rows: list[Line] = []
+    lines = list(lines)
+    if not any(line.get("type") == "eval" for line in lines):
+        rows = [{"it": line["it"], **_train_columns(line)} for line in lines if line.get("type") == "train"]
     train: Line = {}
     for line in lines:
         if line.get("type") == "train":
@@ -119,29 +125,34 @@ class Means:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._rows: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # by the names that came together: [n, 3] sum, finite, not finite
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds scalars. Costs no host sync."""
-        for name, value in values.items():
-            value = value.detach().double()
-            finite = torch.isfinite(value)
-            row = torch.stack([torch.where(finite, value, 0.0), finite.double(), (~finite).double()])
-            self._rows[name] = self._rows[name] + row if name in self._rows else row
+        """Adds scalars. Costs no host sync and a handful of operations, however many scalars there are."""
+        names = tuple(values)
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        finite = torch.isfinite(stacked)
+        rows = torch.stack([torch.where(finite, stacked, 0.0), finite.double(), (~finite).double()], dim=1)
+        self._sums[names] = self._sums[names] + rows if names in self._sums else rows
 
     def read(self) -> tuple[dict[str, float], dict[str, int]]:
         """Means (NaN if nothing finite came) and the counts of non-finite values that are above 0; one device read. Starts anew."""
-        if not self._rows:
+        if not self._sums:
             return {}, {}
-        names, table = list(self._rows), torch.stack(list(self._rows.values())).tolist()
-        self._rows.clear()
-        means = {name: (total / count if count else math.nan) for name, (total, count, _) in zip(names, table, strict=True)}
-        return means, {name: int(bad) for name, (_, _, bad) in zip(names, table, strict=True) if bad}
+        names = [name for together in self._sums for name in together]
+        table = torch.cat(list(self._sums.values())).tolist()
+        self._sums.clear()
+        totals: dict[str, tuple[float, float, float]] = {}
+        for name, row in zip(names, table, strict=True):
+            before = totals.get(name, (0.0, 0.0, 0.0))
+            totals[name] = (before[0] + row[0], before[1] + row[1], before[2] + row[2])
+        means = {name: (total / count if count else math.nan) for name, (total, count, _) in totals.items()}
+        return means, {name: int(bad) for name, (_, _, bad) in totals.items() if bad}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of the window in progress, so that a resumed run logs the same means."""
-        return {name: row.cpu() for name, row in self._rows.items()}
+        return {"sums": [(list(names), rows.cpu()) for names, rows in self._sums.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        self._rows = {name: row.to(self.device) for name, row in state.items()}
+        self._sums = {tuple(names): rows.to(self.device) for names, rows in state["sums"]}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssod_fast.methods.step import PseudoLabelStats
+from ssod_fast.structures import PaddedTargets
 
 from .metrics import Means
 from .quality import HiddenTruth, PseudoQuality
@@ -70,12 +71,15 @@ class PseudoMonitor:
         return {"mosaic_gate": None, **means, "max_score": best}
 
     def _compare(self) -> None:
-        if self.quality is None or self.hidden is None:
+        """Brings the boxes of all waiting steps to the host at once and matches them."""
+        if self.quality is None or self.hidden is None or not self._waiting:
             return
-        for stats in self._waiting:
-            for image_id, prediction in zip(stats.image_ids, stats.pseudo.to("cpu").to_list(), strict=True):
-                if image_id in self.hidden:
-                    self.quality.add(prediction, self.hidden[image_id])
+        ids = [image_id for stats in self._waiting for image_id in stats.image_ids]
+        fields = ("boxes", "labels", "scores", "weights", "count")
+        joined = {name: torch.cat([getattr(stats.pseudo, name) for stats in self._waiting]).cpu() for name in fields}
+        for image_id, prediction in zip(ids, PaddedTargets(**joined).to_list(), strict=True):
+            if image_id in self.hidden:
+                self.quality.add(prediction, self.hidden[image_id])
         self._waiting.clear()
 
     def read_quality(self, at_evaluation: bool) -> dict[str, Any] | None:

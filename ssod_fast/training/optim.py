@@ -139,6 +139,28 @@ class StepGuard:
         self.counts.copy_(state["counts"])
 
 
+class BufferGuard:
+    """Puts running statistics of batch norm back when a step is skipped: the forward pass that broke has already updated them.
+
+    Frozen batch norm has nothing to guard and costs nothing.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        self._saved = [b.clone() for b in self.buffers]
+
+    def save(self) -> None:
+        """Remembers the statistics before a step."""
+        if self.buffers:
+            torch._foreach_copy_(self._saved, self.buffers)
+
+    def restore_if(self, skipped: Tensor) -> None:
+        """Goes back to them where the device scalar `skipped` is 1."""
+        for buffer, saved in zip(self.buffers, self._saved, strict=True):
+            buffer.copy_(torch.where(skipped > 0, saved, buffer))
+
+
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scales gradients to at most `max_norm` (0: not at all) and returns the norm before that, a device scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -18,6 +18,7 @@ from .files import require_writable, write_json
 from .tree import ConfigError
 
 PACKAGES = ("ssod_fast", "torch", "torchvision", "triton", "numpy", "accelerate", "faster-coco-eval", "pycocotools", "tyro", "safetensors")
+MARK = "metrics.jsonl"  # a folder with this file is a run's
 # What a run leaves behind; --overwrite removes exactly this, nothing else that a user may have put there.
 OUTPUTS = (
     "config.yaml",
@@ -56,11 +57,14 @@ def open_run(config: TrainConfig[Any]) -> RunStart:
     """Looks at the run folder and decides.
 
     Raises:
-        ConfigError: it holds a run of other settings (the keys are listed), or one that may not be continued.
+        ConfigError: it holds a run of other settings (the keys are listed), one that may not be continued, or files of somebody else.
         PermissionError: the folder cannot be written.
     """
     require_writable(config.folder)
     last = last_path(config.folder)
+    foreign = [name for name in OUTPUTS if (config.folder / name).exists()]
+    if foreign and not (config.folder / MARK).exists():
+        raise ConfigError(f"{config.folder} holds {', '.join(foreign)}, which no run has written: choose another --name")
     if not has_last(last):
         return RunStart("new", None, [])
     if config.overwrite:
@@ -90,6 +94,7 @@ def prepare(config: TrainConfig[Any], start: RunStart) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    (folder / MARK).touch()
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     write_config(config, folder / "config.yaml")
     write_json(folder / "env.json", environment())

@@ -22,11 +22,12 @@ from .console import Console, clock, eval_line, live_line, table
 from .health import Health
 from .metrics import Means, MetricsLog
 from .monitor import PseudoMonitor
-from .optim import MAX_SKIPPED, StepGuard, build_optimizer, clip_gradients, set_learning_rate
+from .optim import MAX_SKIPPED, BufferGuard, StepGuard, build_optimizer, clip_gradients, set_learning_rate
 from .referee import Referee
 from .run_folder import RunStart, last_path, open_run, prepare
 from .sets import TrainingData, load_sets
 from .signals import StopSignal
+from .tree import ConfigError
 
 Status = Literal["finished", "already finished", "interrupted", "dry run"]
 
@@ -70,6 +71,8 @@ class Trainer:
         self.config = config = resolve(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but torch sees no GPU: use --device cpu")
         device = "cpu" if config.device == "auto" and not torch.cuda.is_available() else config.device
         precision, self.precision_note = pick_precision(config.precision, torch.device("cpu" if device == "cpu" else "cuda"))
         self.accelerator = make_accelerator(precision, device)
@@ -111,7 +114,7 @@ class Trainer:
         self.lr = config.lr or config.optimizer.learning_rate(self.labeled_batch, config.scale_lr)
         self.optimizer = build_optimizer(student, config.optimizer, self.lr)
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.guard = StepGuard(self.device)
+        self.guard, self.buffer_guard = StepGuard(self.device), BufferGuard(student)
         if self.accelerator.scaler is None:  # else the scaler tells the optimizer
             self.optimizer.found_inf = self.guard.found  # type: ignore[attr-defined]
         self._build_observers()
@@ -225,6 +228,7 @@ class Trainer:
         """One optimizer step."""
         began = time.perf_counter()
         set_learning_rate(self.optimizer, self.config.schedule.factor(self.it, self.config.iters))
+        self.buffer_guard.save()
         for micro in range(self.config.accumulate):
             self.driver.last_micro_step = micro + 1 == self.config.accumulate
             output = self._method_step(want_preview and self.driver.last_micro_step)
@@ -262,7 +266,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        self.guard.observe(clip_gradients(self.parameters, self.config.optimizer.clip_norm))
+        self.buffer_guard.restore_if(self.guard.observe(clip_gradients(self.parameters, self.config.optimizer.clip_norm)))
         if scaler is None:
             self.optimizer.step()
         else:
@@ -322,11 +326,11 @@ class Trainer:
         if result is not None and self.rank == 0:
             self.log.write("eval", it=self.it, teacher=result.models.get("teacher"), student=result.models.get("student"))
             self._write_quality("val", result.quality)
-            self.log.write_csv()
             self.console.say(eval_line(self.it, result.models, self.referee.best))
             teacher, student = result.models.get("teacher"), result.models["student"]
             for message in self.health.after_eval(teacher, student, self.monitor.read_classes()):
                 self._warn(message)
+        self.log.write_csv()
 
     def _write_quality(self, source: str, quality: dict[str, Any] | None) -> None:
         if quality is not None:
@@ -399,8 +403,9 @@ class Trainer:
         if result.status == "interrupted":
             self.console.say(f"stopped after iteration {self.it} and saved; the same command continues")
             return result
-        for reason, count in self.loader.report.dropped.items():
-            self._warn(f"{count} {reason}")
+        for where, loader in (("training", self.loader), ("evaluation", self.referee.loader)):
+            for reason, count in (loader.report.dropped if loader is not None else {}).items():
+                self._warn(f"{where}: {count} {reason}")
         self.log.write(
             "summary", it=self.it, seconds=round(self._elapsed, 1), best=result.best, metrics=result.metrics, skipped=self._skipped_before
         )

@@ -112,3 +112,20 @@ def test_two_ranks_with_and_without_pseudo_labels(make_config: MakeConfig, tmp_p
     assert outputs[0]["metrics"] == outputs[1]["metrics"]
     assert len(load_last(last_path(config.folder))[0]["ranks"]) == 2
     assert [line["it"] for line in of_type(config.folder, "train")] == [1, 2, 3, 4, 5]
+
+
+def test_interrupt_of_the_whole_group_with_loader_processes(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(iters=500, workers=2, log_every=2, eval_every=500, threads=1)
+    write_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "ssod_fast.cli", "train", "--config", str(tmp_path / "config.yaml"), "--json"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert child.stderr is not None
+    while not (line := child.stderr.readline()).startswith("it 4/"):
+        assert line, "the run ended before it was interrupted"
+    os.killpg(child.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err
+    assert "Traceback" not in err
+    result = json.loads(out)
+    assert result["status"] == "interrupted"
+    assert load_last(last_path(config.folder))[0]["it"] == result["it"] >= 4

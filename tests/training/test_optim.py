@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from ssod_fast.training.optim import OptimizerConfig, ScheduleConfig, StepGuard, build_optimizer, clip_gradients, set_learning_rate
+from ssod_fast.training.optim import (
+    BufferGuard,
+    OptimizerConfig,
+    ScheduleConfig,
+    StepGuard,
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+)
 
 
 class Net(nn.Module):
@@ -70,6 +78,19 @@ def test_guard_counts_rows_of_bad_steps() -> None:
     other.load_state_dict(guard.state_dict())
     other.observe(torch.tensor(math.nan))
     assert other.read() == (4, 2)
+
+
+def test_batch_norm_survives_a_skipped_step() -> None:
+    norm = nn.BatchNorm1d(3)
+    guard = BufferGuard(nn.Sequential(norm, nn.Linear(3, 3)))
+    for value, skipped in ((1.0, 0.0), (math.nan, 1.0)):
+        guard.save()
+        before = norm.running_mean.clone()  # type: ignore[union-attr]
+        norm(torch.randn(4, 3) + value)
+        guard.restore_if(torch.tensor(skipped))
+        assert torch.equal(norm.running_mean, before) == bool(skipped)  # type: ignore[arg-type]
+        assert torch.isfinite(norm.running_var).all()  # type: ignore[arg-type]
+    assert BufferGuard(nn.Linear(3, 3)).buffers == []
 
 
 def test_backbone_has_its_own_rate() -> None:

@@ -312,7 +312,7 @@ def test_unreadable_unlabelled_images_are_counted(make_config: MakeConfig, scene
     config = make_config(percent=None, unlabeled=str(pool), iters=12, eval_every=12)
     train(config)
     messages = [line["message"] for line in of_type(config.folder, "event")]
-    assert "1 unreadable images, replaced or skipped" in messages
+    assert "training: 1 unreadable images, replaced or skipped" in messages
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="holds no image"):
         train(make_config(name="b", percent=None, unlabeled=str(tmp_path / "nothing")))
@@ -322,6 +322,30 @@ def test_unwritable_run_folder_fails_before_anything(make_config: MakeConfig, tm
     (tmp_path / "file").write_text("")
     with pytest.raises(PermissionError, match="cannot write to the run folder"):
         train(make_config(out=tmp_path / "file"))
+
+
+def test_folder_of_somebody_else_is_left_alone(make_config: MakeConfig) -> None:
+    config = make_config("supervised", iters=1, overwrite=True)
+    (config.folder / "weights").mkdir(parents=True)
+    (config.folder / "weights" / "mine.pt").write_text("precious")
+    with pytest.raises(ConfigError, match="holds weights, which no run has written: choose another --name"):
+        train(config)
+    assert (config.folder / "weights" / "mine.pt").read_text() == "precious"
+
+
+def test_run_without_validation_set(make_config: MakeConfig, scenes: Path) -> None:
+    config = make_config(labeled=scenes / "annotations" / "instances_train.json", iters=3)
+    result = train(config)
+    assert (result.status, result.metrics, result.best) == ("finished", {}, {})
+    assert (config.folder / "weights" / "best_teacher.safetensors").exists()  # the newest
+    assert len(list(csv.DictReader((config.folder / "results.csv").open()))) == 3
+    assert of_type(config.folder, "eval") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        train(make_config(device="cuda"))
 
 
 def test_bad_model_is_named(make_config: MakeConfig) -> None:
