@@ -51,7 +51,7 @@ class Health:
                 f"{len(missing)} of {len(self.classes)} classes have no labelled box ({names}): draw another fold or use --cover-classes"
             )
         if labeled_batch * 2 <= reference_batch:
-            sizes = f"{labeled_batch} labelled images per step, reference {reference_batch}"
+            sizes = f"labelled images per step {labeled_batch}, reference {reference_batch}"
             out.append(f"{sizes}: published numbers will not be reached; lr in use {lr:.3g}")
         return out
 

@@ -94,7 +94,7 @@ def test_killed_run_continues_bit_for_bit(make_config: MakeConfig, tmp_path: Pat
 
 
 def test_two_ranks_with_and_without_pseudo_labels(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(iters=5, eval_every=5, accumulate=2, threads=1)
+    config = make_config(iters=3, accumulate=2, threads=1)
     write_config(config, tmp_path / "config.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,7 +111,7 @@ def test_two_ranks_with_and_without_pseudo_labels(make_config: MakeConfig, tmp_p
     assert [o["images"] for o in outputs] == [4, 4]  # each image once
     assert outputs[0]["metrics"] == outputs[1]["metrics"]
     assert len(load_last(last_path(config.folder))[0]["ranks"]) == 2
-    assert [line["it"] for line in of_type(config.folder, "train")] == [1, 2, 3, 4, 5]
+    assert [line["it"] for line in of_type(config.folder, "train")] == [1, 2, 3]
 
 
 def test_interrupt_of_the_whole_group_with_loader_processes(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def log(kept: float = 1.0, gate: float = 1.0, best: float = 0.31, **extra: Any) 
 def test_missing_classes_and_small_batch(health: Health) -> None:
     messages = health.start({"cat": 3}, labeled_batch=1, reference_batch=8, lr=0.00125)
     assert messages[0].startswith("1 of 2 classes have no labelled box ('toaster')")
-    assert messages[1] == "1 labelled images per step, reference 8: published numbers will not be reached; lr in use 0.00125"
+    assert messages[1] == "labelled images per step 1, reference 8: published numbers will not be reached; lr in use 0.00125"
     assert health.start({"cat": 3, "toaster": 1}, labeled_batch=6, reference_batch=8, lr=0.01) == []
 
 

@@ -132,8 +132,10 @@ class Stopping(Trainer):
         return super()._iterate(want_preview)
 
 
-def test_signal_saves_and_the_same_command_continues(make_config: MakeConfig) -> None:
-    whole, parts = make_config(name="whole", iters=8), make_config(name="parts", iters=8)
+@pytest.mark.parametrize("family", ["fcos", "fasterrcnn"])  # Faster R-CNN draws its samples from torch's generator
+def test_signal_saves_and_the_same_command_continues(make_config: MakeConfig, family: str) -> None:
+    settings = {"model": f"torchvision:{family}_tiny_fpn", "model_options": ("fpn_channels=16",), "iters": 8}
+    whole, parts = make_config(name="whole", **settings), make_config(name="parts", **settings)
     train(whole)
     result = Stopping(parts).run()
     assert (result.status, result.it) == ("interrupted", 4)
