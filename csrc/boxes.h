@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -38,7 +37,7 @@ struct Eps {
 
 template <typename T>
 Eps<T> make_eps(EpsMode mode, double eps) {
-  const T none = -std::numeric_limits<T>::infinity();
+  const T none = -static_cast<T>(INFINITY);
   const T e = static_cast<T>(eps);
   switch (mode) {
     case EpsMode::max:
@@ -92,6 +91,12 @@ SSOD_HD T positive(T x) {
   return x > T(0) ? x : T(0);
 }
 
+// std::numeric_limits is not for device code.
+template <typename T>
+SSOD_HD T minus_infinity() {
+  return -static_cast<T>(INFINITY);
+}
+
 // Corners and area of a box given as four numbers of `format`.
 template <typename T>
 SSOD_HD Box<T> make_box(T a, T b, T c, T d, Format format, bool zero) {
@@ -108,7 +113,7 @@ SSOD_HD Box<T> make_box(T a, T b, T c, T d, Format format, bool zero) {
   box.y1 = finite ? box.y1 : T(0);
   box.x2 = finite ? box.x2 : T(0);
   box.y2 = finite ? box.y2 : T(0);
-  box.area = finite ? area : std::numeric_limits<T>::quiet_NaN();
+  box.area = finite ? area : static_cast<T>(NAN);
   return box;
 }
 
@@ -159,7 +164,7 @@ SSOD_HD T floored(T x, const Eps<T>& eps) {
 }
 
 template <typename T>
-constexpr T ciou_scale() {
+SSOD_HD T ciou_scale() {
   return static_cast<T>(0.40528473456935108577551785283891);  // 4 / pi^2
 }
 

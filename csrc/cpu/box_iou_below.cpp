@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <limits>
 #include <tuple>
 
 #include "boxes.h"
@@ -32,7 +31,7 @@ SSOD_CLONES static Verdict<T> judge(const T* __restrict values, int64_t n, T thr
     above |= !(values[i] < threshold);  // NaN is not below
   }
   T lane[kLanes];
-  std::fill(lane, lane + kLanes, -std::numeric_limits<T>::infinity());
+  std::fill(lane, lane + kLanes, minus_infinity<T>());
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t part = std::min(kLanes, n - i);
     for (int64_t k = 0; k < part; ++k) {
@@ -57,7 +56,7 @@ struct Problem {
 template <Mode mode, bool zero, typename T>
 Verdict<T> judge_row(const Problem<T>& p, const Box<T>& a, const BoxGroup& group) {
   alignas(64) T block[kColumnBlock];
-  Verdict<T> row{true, -std::numeric_limits<T>::infinity()};
+  Verdict<T> row{true, minus_infinity<T>()};
   for (int64_t j = 0; j < group.cols && (row.below || p.maxima); j += kColumnBlock) {
     const int64_t n = std::min(kColumnBlock, group.cols - j);
     overlap_row<mode, zero>(a, p.planes2.from(group.col0 + j), p.eps, block, n);
@@ -76,7 +75,7 @@ void run(const Problem<T>& p) {
       const Verdict<T> row = judge_row<mode, zero>(p, a.planes().at(i), group);
       p.below[first + i] = row.below;
       if (p.maxima) {
-        p.maxima[first + i] = row.largest == -std::numeric_limits<T>::infinity() ? T(0) : row.largest;
+        p.maxima[first + i] = row.largest == minus_infinity<T>() ? T(0) : row.largest;
       }
     }
   };

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <limits>
 #include <tuple>
 
 #include "boxes.h"
@@ -22,7 +21,7 @@ constexpr int64_t kLanes = 32;
 template <typename T>
 int64_t pad_to_lanes(T* values, int64_t n) {
   const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  std::fill(values + n, values + padded, -std::numeric_limits<T>::infinity());
+  std::fill(values + n, values + padded, minus_infinity<T>());
   return padded;
 }
 
@@ -31,7 +30,7 @@ template <typename T>
 SSOD_CLONES static T largest(const T* __restrict values, int64_t n) {
   T lane[kLanes];
   for (int64_t k = 0; k < kLanes; ++k) {
-    lane[k] = upper(values[k], -std::numeric_limits<T>::infinity());
+    lane[k] = upper(values[k], minus_infinity<T>());
   }
   for (int64_t i = kLanes; i < n; i += kLanes) {
     for (int64_t k = 0; k < kLanes; ++k) {
@@ -79,7 +78,7 @@ struct Best {
   std::vector<T> value;
   std::vector<int32_t> arg;
 
-  explicit Best(int64_t n) : value(n, -std::numeric_limits<T>::infinity()), arg(n, -1) {}
+  explicit Best(int64_t n) : value(n, minus_infinity<T>()), arg(n, -1) {}
 };
 
 template <typename T>
@@ -112,7 +111,7 @@ void scan(const Problem<T>& p, int64_t begin, int64_t end, Best<T>* columns) {
     p.set1.load_planes(first, count, p.rule, a.planes());
     T best[kRowTile];
     int64_t arg[kRowTile];
-    std::fill(best, best + count, -std::numeric_limits<T>::infinity());
+    std::fill(best, best + count, minus_infinity<T>());
     std::fill(arg, arg + count, -1);
     for (int64_t j = 0; j < group.cols; j += kColumnBlock) {
       const int64_t n = std::min(kColumnBlock, group.cols - j), column = group.col0 + j;

@@ -60,7 +60,7 @@ def box_iou_max(
     offsets1: Tensor | None = None,
     offsets2: Tensor | None = None,
 ) -> BoxMax | tuple[BoxMax, BoxMax]:
-    """Maximum of :func:`box_iou` along one or both dimensions, with indices, in one pass and without the matrix.
+    """Maximum of :func:`box_iou` along one or both dimensions, with indices, without the matrix.
 
     NaN pairs are skipped; a box without any partner gets value 0 and index -1. Among equal values the lowest index wins. The results never
     require grad: take the index, then :func:`paired_box_iou`.
