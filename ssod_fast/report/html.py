@@ -104,6 +104,7 @@ def _left_out(count: int) -> str:
     return f" Only the first {previews.MAX_RUNS} of {count} runs are shown." if count > previews.MAX_RUNS else ""
 
 
+_FED = "Inputs of the losses exactly as they entered, with their boxes."
 _SWITCHES = "".join(
     f'<label><input type="checkbox" class="show-{name}" checked>{words}</label>'
     for name, words in (
@@ -117,16 +118,13 @@ _SWITCHES = "".join(
 def _images(runs: Sequence[Run]) -> str:
     """The image section of every run that wrote previews."""
     blocks = []
+    rows = previews.MAX_IMAGES if len(runs) == 1 else previews.MAX_IMAGES_OVERLAID
     for i, run in enumerate(runs[: previews.MAX_RUNS]):
-        strip, mixed = previews.strip(run, f"shot{i}"), previews.mixed(run)
+        strip, mixed = previews.strip(run, f"shot{i}", rows), previews.mixed(run)
         if not (strip or mixed):
             continue
         heading = f"<h3>{tables.swatch(i)}{text(run.label)}</h3>" if len(runs) > 1 else ""
-        mixed_block = (
-            f'<h3>What the student was fed</h3><p class="note">The mixed inputs with their boxes, as they entered the loss.</p>{mixed}'
-            if mixed
-            else ""
-        )
+        mixed_block = f'<h3>What the student was fed</h3><p class="note">{_FED}</p>{mixed}' if mixed else ""
         blocks.append(f"{heading}{strip}{mixed_block}")
     if not blocks:
         return '<section><h2>Images</h2><p class="missing">No run wrote preview images.</p></section>'

@@ -1,4 +1,4 @@
-"""Image strips: boxes drawn as SVG over JPEGs that are embedded once, so that layers can be switched on the page."""
+"""Image strips: the same images at each evaluation, each JPEG embedded once, and the mixed inputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssod_fast.report import drawing
+from ssod_fast.report.drawing import Frame
 from ssod_fast.report.runs import Json, Run, last_value, series
 from ssod_fast.report.tables import text
 
@@ -19,15 +21,12 @@ PREVIEW_FOLDER = "pseudo_preview"
 MAX_RUNS = 4  # with images; more would make the page too heavy to send
 MAX_STEPS = 4  # evaluations shown: first, two in the middle, last
 MAX_IMAGES = 6  # images of one strip
+MAX_IMAGES_OVERLAID = 4  # the same where several runs are shown
 MAX_MIXED = 4  # mixed inputs of one evaluation
-MAX_BOXES = 60  # of one layer of one picture
-MIN_SCORE = 0.05  # weaker boxes would only hide the picture
 MAX_SIDE = 480  # pixels of an embedded JPEG
 MAX_BYTES = 90_000  # of an embedded JPEG; larger files are encoded anew
-UNITS = 300.0  # line widths and text are given for a picture whose longer side is so many pixels wide
+KIND_NAMES = {"labeled": "labelled"}  # the log is American
 DEFAULT_THRESHOLD = 0.5  # split between strong and weak boxes where the run logged no threshold
-# Bright hues that stand out on photographs and stay apart for colour-blind readers; the class name stands beside the box.
-CLASS_COLORS = ("#ffb000", "#56b4e9", "#ff6f4f", "#3ddc97", "#f0e442", "#e58fc4", "#b9a7ff", "#ffffff")
 
 
 @dataclass(frozen=True)
@@ -91,74 +90,6 @@ def _read_list(path: Path) -> list[Json]:
     return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
 
 
-# --- boxes --------------------------------------------------------------------------------------------------------------------------
-
-
-def _rows(boxes: Json | None) -> list[tuple[list[float], int, float | None]]:
-    """(box, label, score) of one layer by falling score; boxes with non-finite numbers are left out."""
-    if not isinstance(boxes, dict):
-        return []
-    corners, labels = boxes.get("boxes") or [], boxes.get("labels") or []
-    scores = boxes.get("scores") or [None] * len(corners)
-    rows = [(box, int(label), score) for box, label, score in zip(corners, labels, scores, strict=False) if _is_drawable(box, score)]
-    rows.sort(key=lambda row: -(1.0 if row[2] is None else row[2]))
-    return rows[:MAX_BOXES]
-
-
-def _is_drawable(box: Any, score: Any) -> bool:
-    finite = len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-    return finite and (score is None or (isinstance(score, (int, float)) and score >= MIN_SCORE))
-
-
-def _rect(box: Sequence[float], attributes: str) -> str:
-    x1, y1, x2, y2 = box
-    return f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{max(0.0, x2 - x1):.1f}" height="{max(0.0, y2 - y1):.1f}" {attributes}/>'
-
-
-def _name(label: int, classes: Sequence[str]) -> str:
-    return classes[label] if 0 <= label < len(classes) else f"class {label}"
-
-
-def _labelled_box(box: Sequence[float], label: int, score: float | None, classes: Sequence[str], unit: float, threshold: float) -> str:
-    """A teacher box: colour by class; weak boxes are thin, pale and without text."""
-    color = CLASS_COLORS[label % len(CLASS_COLORS)]
-    is_kept = score is None or score > threshold
-    opacity = 1.0 if score is None else 0.35 + 0.65 * score
-    rect = _rect(box, f'stroke="{color}" stroke-width="{(2.2 if is_kept else 0.9) * unit:.2f}" stroke-opacity="{opacity:.2f}"')
-    if not is_kept:
-        return rect
-    caption = _name(label, classes) + ("" if score is None else f" {score:.2f}".replace("0.", "."))
-    x, y = box[0] + unit, box[1] - 3 * unit if box[1] > 13 * unit else box[1] + 11 * unit
-    return rect + f'<text x="{x:.1f}" y="{y:.1f}" stroke-width="{2.6 * unit:.1f}" fill="{color}">{text(caption)}</text>'
-
-
-def _student_box(box: Sequence[float], label: int, unit: float) -> str:
-    color = CLASS_COLORS[label % len(CLASS_COLORS)]
-    return _rect(box, f'stroke="{color}" stroke-width="{1.6 * unit:.2f}" stroke-dasharray="{1.2 * unit:.1f} {2.4 * unit:.1f}"')
-
-
-def _layers(entry: Json, classes: Sequence[str], unit: float, threshold: float) -> str:
-    dashes = f'stroke-width="{1.5 * unit:.2f}" stroke-dasharray="{5 * unit:.1f} {4 * unit:.1f}"'
-    truth = "".join(_rect(box, dashes) for box, _, _ in _rows(entry.get("truth")))
-    kept = [row for row in _rows(entry.get("student")) if row[2] is None or row[2] > threshold]
-    student = "".join(_student_box(box, label, unit) for box, label, _ in kept)
-    teacher = "".join(
-        _labelled_box(box, label, score, classes, unit, threshold) for box, label, score in reversed(_rows(entry.get("teacher")))
-    )
-    return f'<g class="truth">{truth}</g><g class="student">{student}</g><g class="teacher">{teacher}</g>'
-
-
-def _frame(width: float, height: float, href: str, body: str, alt: str) -> str:
-    """A picture with layers; `href` is a data URI or the id of an image that the page already holds."""
-    image = (
-        f'<use href="{href}"/>'
-        if href.startswith("#")
-        else f'<image href="{href}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
-    )
-    frame = f'style="--unit: {max(width, height) / UNITS:.3f}px" viewBox="0 0 {width:g} {height:g}"'
-    return f'<svg class="shot" role="img" aria-label="{alt}" {frame}>{image}{body}</svg>'
-
-
 # --- the same images at each evaluation ---------------------------------------------------------------------------------------------
 
 
@@ -175,20 +106,8 @@ def _read_strip(folder: Path) -> _Strip | None:
     if not found:
         return None
     entries = {(it, entry.get("image_id")): entry for it, rows in found for entry in rows}
-    image_ids = list(dict.fromkeys(entry.get("image_id") for entry in found[-1][1]))[:MAX_IMAGES]
+    image_ids = list(dict.fromkeys(entry.get("image_id") for entry in found[-1][1]))
     return _Strip([it for it, _ in found], entries, image_ids)
-
-
-def _alt(entry: Json, it: int, threshold: float) -> str:
-    kept = sum(score is None or score > threshold for _, _, score in _rows(entry.get("teacher")))
-    truth = f", {len(_rows(entry['truth']))} true objects" if entry.get("truth") else ""
-    return text(f"image {entry.get('image_id')} at iteration {it}: {kept} boxes above the threshold{truth}")
-
-
-def _size(entry: Json, picture: Picture) -> tuple[float, float]:
-    """(width, height) of the original image, in whose pixels the boxes are."""
-    hw = entry.get("hw") or (picture.height, picture.width)
-    return float(hw[1]), float(hw[0])
 
 
 def threshold_of(run: Run) -> float:
@@ -197,42 +116,54 @@ def threshold_of(run: Run) -> float:
     return value if math.isfinite(value) else DEFAULT_THRESHOLD
 
 
-def strip(run: Run, prefix: str) -> str:
-    """Rows of images, one column for each of up to four evaluations; empty text when the run has no previews."""
+def strip(run: Run, prefix: str, max_images: int = MAX_IMAGES) -> str:
+    """Rows of images, one column for each of up to four evaluations; empty text when the run has no previews.
+
+    Args:
+        run: the run.
+        prefix: unique on the page; starts the ids of the embedded images.
+        max_images: rows.
+    """
     folder = run.folder / PREVIEW_FOLDER
     shown = _read_strip(folder)
     if shown is None:
         return ""
-    columns = len(shown.steps)
-    rows = [_strip_row(run, shown, image_id, f"{prefix}-{i}", folder) for i, image_id in enumerate(shown.image_ids)]
-    return f'<div class="strip" style="--columns: {columns}">{"".join(rows)}</div>'
+    rows = [_strip_row(run, shown, image_id, f"{prefix}-{i}", folder) for i, image_id in enumerate(shown.image_ids[:max_images])]
+    return f'<div class="strip" style="--columns: {len(shown.steps)}">{"".join(rows)}</div>'
 
 
 def _strip_row(run: Run, shown: _Strip, image_id: Any, key: str, folder: Path) -> str:
     entries = [(it, shown.entries[it, image_id]) for it in shown.steps if (it, image_id) in shown.entries]
-    picture = load_picture(folder / "images" / Path(str(entries[0][1].get("file"))).name) if entries else None
-    if picture is None:
+    image = load_picture(folder / "images" / Path(str(entries[0][1].get("file"))).name) if entries else None
+    if image is None:
         return f'<p class="missing">Image {text(image_id)} cannot be read.</p>'
-    width, height = _size(entries[0][1], picture)
-    unit, threshold = max(width, height) / UNITS, threshold_of(run)
-    image = f'<image id="{key}" href="{picture.uri}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
-    store = f'<svg class="store" aria-hidden="true">{image}</svg>'
+    height, width = entries[0][1].get("hw") or (image.height, image.width)
+    frame, threshold = Frame(float(width), float(height)), threshold_of(run)
+    shared = f'<image id="{key}" href="{image.uri}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
     cells = [
-        f"<figure>{_frame(width, height, f'#{key}', _layers(entry, run.classes, unit, threshold), _alt(entry, it, threshold))}"
+        f"<figure>{drawing.picture(frame, f'#{key}', drawing.layers(entry, run.classes, frame, threshold), _words(entry, it, threshold))}"
         f"<figcaption>iteration {it}</figcaption></figure>"
         for it, entry in entries
     ]
-    return f'<div class="row">{store}{"".join(cells)}</div>'
+    return f'<div class="row"><svg class="store" aria-hidden="true">{shared}</svg>{"".join(cells)}</div>'
 
 
-# --- mixed inputs -------------------------------------------------------------------------------------------------------------------
+def _words(entry: Json, it: int, threshold: float) -> str:
+    kept = len(drawing.above(drawing.rows(entry.get("teacher")), threshold))
+    truth = f", {len(drawing.rows(entry['truth']))} true objects" if entry.get("truth") else ""
+    return f"image {entry.get('image_id')} at iteration {it}: {kept} boxes above the threshold{truth}"
+
+
+# --- what the student was fed -------------------------------------------------------------------------------------------------------
 
 
 def mixed(run: Run) -> str:
-    """The batches that the student really saw, with their boxes, at the first and the last evaluation."""
+    """The batches that the student really saw, with their boxes, at the first and the last evaluation that has mixed ones."""
     folder = run.folder / PREVIEW_FOLDER
     found = [(it, _read_list(path)) for it, path in _steps(folder, "mixed")]
-    shown = pick([(it, entries) for it, entries in found if entries], 2)
+    found = [(it, entries) for it, entries in found if entries]
+    with_mixes = [(it, entries) for it, entries in found if any(entry.get("kind") != "labeled" for entry in entries)]
+    shown = pick(with_mixes, 2) or found[-1:]
     cells = [
         cell for it, entries in shown for entry in _one_of_each_kind(entries) for cell in [_mixed_cell(run, folder, it, entry)] if cell
     ]
@@ -241,21 +172,22 @@ def mixed(run: Run) -> str:
 
 def _one_of_each_kind(entries: list[Json]) -> list[Json]:
     """A selection that shows every kind of input before it repeats one."""
-    rank: dict[str, int] = {}
+    seen: dict[str, int] = {}
     order = []
     for i, entry in enumerate(entries):
         kind = str(entry.get("kind"))
-        rank[kind] = rank.get(kind, -1) + 1
-        order.append((rank[kind], i))
+        seen[kind] = seen.get(kind, -1) + 1
+        order.append((seen[kind], i))
     return [entries[i] for _, i in sorted(order)[:MAX_MIXED]]
 
 
 def _mixed_cell(run: Run, folder: Path, it: int, entry: Json) -> str:
-    picture = load_picture(folder / Path(str(entry.get("file"))).name)
-    if picture is None:
+    image = load_picture(folder / Path(str(entry.get("file"))).name)
+    if image is None:
         return ""
-    unit = max(picture.width, picture.height) / UNITS
-    boxes = "".join(_labelled_box(box, label, score, run.classes, unit, 0.0) for box, label, score in _rows(entry))
-    alt = text(f"{entry.get('kind')} input at iteration {it} with {len(_rows(entry))} boxes")
-    frame = _frame(picture.width, picture.height, picture.uri, f'<g class="teacher">{boxes}</g>', alt)
-    return f"<figure>{frame}<figcaption>{text(entry.get('kind', 'input'))}, iteration {it}, {len(_rows(entry))} boxes</figcaption></figure>"
+    kind = KIND_NAMES.get(str(entry.get("kind")), str(entry.get("kind")))
+    found = drawing.rows(entry if entry.get("kind") != "labeled" else {**entry, "scores": None})  # true boxes have no score
+    frame = Frame(image.width, image.height)
+    body = f'<g class="teacher">{drawing.named_boxes(found, run.classes, frame)}</g>'
+    words = f"{kind}, iteration {it}, {len(found)} box{'es' if len(found) != 1 else ''}"
+    return f"<figure>{drawing.picture(frame, image.uri, body, words)}<figcaption>{text(words)}</figcaption></figure>"

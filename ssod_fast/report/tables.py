@@ -21,19 +21,8 @@ METRICS = (
     ("AR100", "AR100"),
 )
 MAX_EVENTS = 60
-_VERSION_KEYS = ("ssod_fast", "python", "torch", "torchvision", "device", "gpu", "cpu", "commit", "platform", "evaluator")
-_SCHEDULE_KEYS = (
-    "lr",
-    "schedule",
-    "batch",
-    "labeled_per_batch",
-    "unlabeled_per_batch",
-    "precision",
-    "burn_in",
-    "model",
-    "weights",
-    "score_thr",
-)
+_VERSION_KEYS = ("ssod_fast", "python", "torch", "torchvision", "cuda", "gpus", "processor", "threads", "device", "commit")
+_SCHEDULE_KEYS = ("model", "batch", "lr", "optimizer.name", "precision", "method.burn_in", "score_thr")
 
 
 def text(value: Any) -> str:
@@ -89,15 +78,15 @@ def _schedule(run: Run) -> str:
     total = iterations_total(run)
     parts = [f"{run.last_iteration} of {total} iterations" if total else f"{run.last_iteration} iterations"]
     config = run.config
-    named = {key: value for key, value in config.items() if key.rsplit(".", 1)[-1] in _SCHEDULE_KEYS and value not in (None, "", [])}
-    parts += [f"{key} {value}" for key, value in list(named.items())[:10]]
+    parts += [f"{key} {config[key]}" for key in _SCHEDULE_KEYS if config.get(key)]
     return text(", ".join(parts))
 
 
 def _versions(run: Run) -> str:
     env = flatten(run.env)
-    named = [f"{key} {env[key]}" for key in env if key.rsplit(".", 1)[-1].lower() in _VERSION_KEYS]
-    return text(", ".join(named[:12])) or "unknown"
+    short = {key.rsplit(".", 1)[-1]: value for key, value in env.items()}
+    named = [f"{key} {short[key]}" for key in _VERSION_KEYS if short.get(key)]
+    return text(", ".join(named)) or "unknown"
 
 
 def _counts(run: Run) -> str:

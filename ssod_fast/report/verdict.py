@@ -11,9 +11,21 @@ from ssod_fast.report.charts import final_metrics
 from ssod_fast.report.runs import Run, last_value, number, series
 
 # Config keys that name a run rather than change it.
-_NAMING_KEYS = ("name", "out", "overwrite", "resume", "workers", "threads", "report", "log_every", "preview_images")
-# Data that the baseline does not look at.
-_UNLABELED_KEYS = ("unlabeled", "hidden_gt")
+_NAMING_KEYS = (
+    "name",
+    "out",
+    "overwrite",
+    "resume",
+    "workers",
+    "threads",
+    "report",
+    "log_every",
+    "preview_images",
+    "eval_every",
+    "save_every",
+)
+# Where the data lies; the labelled images are compared by the hash of their ids instead.
+_DATA_KEYS = ("labeled", "unlabeled", "hidden_gt")
 GOOD_PRECISION = 0.7
 LOW_GATE = 0.3
 
@@ -71,7 +83,7 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
 def differing_settings(run: Run, baseline: Run) -> list[str]:
     """Dotted config keys that both runs have with different values, except those that only name the run or belong to the method."""
     a, b = run.config, baseline.config
-    ignored = {*_NAMING_KEYS, *_UNLABELED_KEYS}
+    ignored = {*_NAMING_KEYS, *_DATA_KEYS}
     shared = [key for key in a if key in b and not key.startswith("method") and key not in ignored]
     return [key for key in shared if _labeled_part(key, a[key]) != _labeled_part(key, b[key])]
 
@@ -81,9 +93,14 @@ def _labeled_part(key: str, value: Any) -> Any:
     return value.partition(":")[0] if key == "batch" and isinstance(value, str) else value
 
 
+def _labelled_images(run: Run) -> Any:
+    """Identity of the labelled images: the hash of the draw, without a draw the path."""
+    return run.info.get("split_hash") or run.config.get("labeled")
+
+
 def _fairness(run: Run, baseline: Run) -> str:
     differing = differing_settings(run, baseline)
-    if run.info.get("split_hash") != baseline.info.get("split_hash"):
+    if _labelled_images(run) != _labelled_images(baseline):
         differing.insert(0, "labelled split")
     if run.info.get("labeled") != baseline.info.get("labeled"):
         differing.insert(0, "number of labelled images")
@@ -114,7 +131,7 @@ def _gate(run: Run) -> str:
         return ""
     rate = statistics.mean(values)
     tail = " For most of the run the unlabelled images taught nothing: lower the threshold or burn in longer." if rate < LOW_GATE else ""
-    return f"{run.label}: the pseudo-label loss was on in {100 * rate:.0f} % of the logged steps.{tail}"
+    return f"{run.label}: the pseudo-label loss was on in {100 * rate:.0f} % of the logged steps that had pseudo labels.{tail}"
 
 
 def _teacher_student(run: Run) -> str:

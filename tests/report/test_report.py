@@ -133,9 +133,9 @@ def test_table_shows_differences_and_gaps(overlay):
 
 def test_image_layers_share_one_jpeg(overlay):
     text, _ = _read(overlay)
-    assert text.count('<use href="#shot1-') == previews.MAX_IMAGES * previews.MAX_STEPS
-    assert text.count("base64,") == previews.MAX_IMAGES + 2 * previews.MAX_MIXED
-    assert text.count('class="truth"') == previews.MAX_IMAGES * previews.MAX_STEPS
+    assert text.count('<use href="#shot1-') == previews.MAX_IMAGES_OVERLAID * previews.MAX_STEPS
+    assert text.count("base64,") == previews.MAX_IMAGES_OVERLAID + 2 * previews.MAX_MIXED
+    assert text.count('class="truth"') == previews.MAX_IMAGES_OVERLAID * previews.MAX_STEPS
     assert 'class="show-student"' in text
 
 
