@@ -68,7 +68,7 @@ def read_coco(
 
 
 def load_coco(file: Path, needed: Sequence[str] = KEYS) -> dict[str, Any]:
-    """The parsed json with the keys of a COCO file.
+    """The parsed json with the keys of a COCO file, ids as integers.
 
     Args:
         file: The json.
@@ -76,7 +76,7 @@ def load_coco(file: Path, needed: Sequence[str] = KEYS) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it does not exist.
-        ValueError: If it is empty, not json, or not COCO.
+        ValueError: If it is empty, not json, or not COCO; the message names the entry that is wrong.
     """
     text = file.read_bytes()
     if not text.strip():
@@ -90,7 +90,41 @@ def load_coco(file: Path, needed: Sequence[str] = KEYS) -> dict[str, Any]:
         raise ValueError(f"{file} is not a COCO file: it needs lists under {', '.join(needed)}; missing: {', '.join(missing)}")
     if not raw["images"]:
         raise ValueError(f"{file} lists no image")
+    for key in needed:
+        _check_entries(raw[key], key, file)
     return dict(raw)
+
+
+# What an entry must have, and which of its values identify an image or a category.
+_NEEDED = {"images": ("id", "file_name"), "annotations": (), "categories": ("id",)}
+_IDS = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
+
+
+def _check_entries(rows: list[Any], key: str, file: Path) -> None:
+    """Entries are mappings with what they need; ids written as text or as whole floats become integers.
+
+    What cannot be an id becomes None in an annotation, which is counted where it is dropped.
+    """
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: {key}[{i}] must be a mapping, got {row!r}")
+        for name in _NEEDED[key]:
+            if name not in row:
+                raise ValueError(f"{file}: {key}[{i}] has no {name!r}, only {', '.join(map(repr, row))}")
+        row.update({name: _as_id(row.get(name)) for name in _IDS[key]})
+        if key != "annotations" and row["id"] is None:
+            raise ValueError(f"{file}: the id of {key}[{i}] must be an integer")
+
+
+def _as_id(value: Any) -> int | None:
+    """An id as COCO has it, None for what cannot be one."""
+    if type(value) is int:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(value) if number.is_integer() else None
 
 
 def find_coco_json(path: Path, split: str | None = None) -> Path:
@@ -202,8 +236,8 @@ def check_unique_ids(ids: Iterable[Any], file: Path | str) -> None:
 
 def image_record(image: dict[str, Any], folder: Path) -> ImageRecord:
     """One entry of `images`."""
-    size = (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None
-    return ImageRecord(int(image["id"]), folder / str(image["file_name"]), size)
+    h, w = (int(image.get(side) or 0) for side in ("height", "width"))
+    return ImageRecord(int(image["id"]), folder / str(image["file_name"]), (h, w) if h > 0 and w > 0 else None)
 
 
 def _with_size(record: ImageRecord) -> ImageRecord:

@@ -139,8 +139,9 @@ def split_source(data: DetectionData | dict[str, Any] | str | Path) -> SplitSour
         names = {int(c["id"]): str(c.get("name", c["id"])) for c in raw["categories"]}
         present: dict[int, set[int]] = {i: set() for i in ids}
         for annotation in raw["annotations"]:
-            if not annotation.get("iscrowd", 0) and annotation["image_id"] in present:
-                present[annotation["image_id"]].add(annotation["category_id"])
+            image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+            if not annotation.get("iscrowd", 0) and image_id in present and category_id in names:
+                present[image_id].add(category_id)
         classes = [present[i] for i in ids]
     occurring = set().union(*classes)
     return SplitSource(ids, files, classes, {c: n for c, n in names.items() if c in occurring}, sha)

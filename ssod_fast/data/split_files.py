@@ -110,7 +110,7 @@ def _part(raw: dict[str, Any], ids: set[int], info: dict[str, Any]) -> dict[str,
         "info": info,
         "licenses": raw.get("licenses", []),
         "images": [image for image in raw["images"] if image["id"] in ids],
-        "annotations": [a for a in raw["annotations"] if a["image_id"] in ids],
+        "annotations": [a for a in raw["annotations"] if a.get("image_id") in ids],
         "categories": raw["categories"],
     }
 

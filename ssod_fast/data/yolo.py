@@ -101,7 +101,7 @@ def _read_labels(file: Path, name: str, report: DataReport) -> list[tuple[int, l
         report.note(NO_LABEL_FILE, name)
         return []
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         row = _parse_line(line)
@@ -118,7 +118,7 @@ def _parse_line(line: str) -> tuple[int, list[float]] | None:
     except ValueError:
         return None
     is_polygon = len(values) >= 6 and len(values) % 2 == 0
-    return (int(label), values) if label == int(label) and (len(values) == 4 or is_polygon) else None
+    return (int(label), values) if label.is_integer() and (len(values) == 4 or is_polygon) else None
 
 
 def _load_yaml(file: Path) -> dict[str, Any]:

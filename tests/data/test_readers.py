@@ -12,6 +12,7 @@ import torch
 from toy_data import CATEGORY_IDS, CLASSES, IMAGES, coco_dict, write_coco, write_image, write_voc, write_yolo
 
 from ssod_fast.data import check_same_classes, has_split, load_detection_data, read_coco
+from ssod_fast.data.split import split_source
 from ssod_fast.data.yolo import read_yolo
 
 
@@ -178,6 +179,12 @@ def test_sizes_are_read_from_the_files_where_the_json_has_none(tmp_path: Path) -
         ('{"images": [{"id": 1}], "categories": []}', "missing: annotations"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "lists no image"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [], "categories": []}', "has no categories"),
+        ('{"images": [{"file_name": "a"}], "annotations": [], "categories": []}', r"images\[0\] has no 'id', only 'file_name'"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\] has no 'file_name', only 'id'"),
+        ('{"images": ["a.png"], "annotations": [], "categories": []}', r"images\[0\] must be a mapping, got 'a.png'"),
+        ('{"images": [{"id": "x_1", "file_name": "a"}], "annotations": [], "categories": []}', r"id of images\[0\] must be an integer"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [null], "categories": []}', r"annotations\[0\] must be a mapping"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [], "categories": [{"name": "a"}]}', r"categories\[0\] has no 'id'"),
     ],
 )
 def test_unusable_annotation_files(tmp_path: Path, text: str, message: str) -> None:
@@ -185,6 +192,43 @@ def test_unusable_annotation_files(tmp_path: Path, text: str, message: str) -> N
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_coco(file)
+
+
+def test_ids_written_as_text_or_floats_lose_no_box(tmp_path: Path) -> None:
+    content = one_image([1, 2, 3, 4])
+    plain = read_coco(write_coco(tmp_path, content))
+    for row in content["annotations"]:
+        row |= {"image_id": "7", "category_id": 1.0}
+    content["images"][0]["id"] = "7"
+    content["categories"][0]["id"] = "1"
+    file = write_coco(tmp_path, content)
+    data = read_coco(file)
+    assert data.targets[0]["boxes"].tolist() == plain.targets[0]["boxes"].tolist()
+    assert len(data.targets[0]["boxes"]) == 2
+    assert split_source(file).classes == [{1}]
+
+
+def test_annotations_without_an_image_are_counted(tmp_path: Path) -> None:
+    content = one_image([1, 2, 3, 4])
+    del content["annotations"][0]["image_id"]
+    content["annotations"][1]["category_id"] = [1]
+    file = write_coco(tmp_path, content)
+    assert read_coco(file).warnings.dropped == {
+        "annotations of images that are not listed": 1,
+        "annotations of categories that are not listed": 1,
+    }
+    assert split_source(file).classes == [set()]
+
+
+@pytest.mark.parametrize("size", [(0, 100), (-50, 100), (None, 100)])
+def test_impossible_stated_sizes_are_read_from_the_file(tmp_path: Path, size: tuple[int | None, int]) -> None:
+    content = one_image([1, 2, 3, 4])
+    file = write_coco(tmp_path, content)
+    content["images"][0] |= {"height": size[0], "width": size[1]}
+    file.write_text(json.dumps(content))
+    data = read_coco(file)
+    assert data.records[0].size == (50, 100)
+    assert len(data.targets[0]["boxes"]) == 2
 
 
 def test_doubled_ids_are_errors(tmp_path: Path) -> None:
@@ -274,13 +318,19 @@ def test_yolo_polygon_becomes_its_box(tmp_path: Path) -> None:
 
 
 def test_yolo_faults_are_counted(tmp_path: Path) -> None:
-    data = yolo_line(tmp_path, "0 .5 .5 1\n0 x y z w\n0 5 5 1 1\n0 nan .5 1 1\n0 .5 .5 .2 .2\n")
+    data = yolo_line(tmp_path, "0 .5 .5 1\n0 x y z w\nnan .5 .5 1 1\ninf .5 .5 1 1\n0 5 5 1 1\n0 nan .5 1 1\n0 .5 .5 .2 .2\n")
     assert data.warnings.dropped == {
-        "label lines that are not `class cx cy w h` or a polygon": 2,
+        "label lines that are not `class cx cy w h` or a polygon": 4,
         "boxes outside of their image": 1,
         "boxes with NaN or infinite coordinates": 1,
     }
     assert len(data.targets[0]["boxes"]) == 1
+
+
+def test_yolo_label_file_that_is_no_text_is_counted(tmp_path: Path) -> None:
+    yolo_line(tmp_path, "")
+    next((tmp_path / "labels").rglob("*.txt")).write_bytes(b"\xff\xfe\x00\x81")
+    assert read_yolo(tmp_path).warnings.dropped == {"label lines that are not `class cx cy w h` or a polygon": 1}
 
 
 def test_yolo_missing_label_file_is_background(tmp_path: Path) -> None:
