@@ -33,7 +33,7 @@ def read_weights(path: str | Path) -> WeightsFile:
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: safetensors is needed and not installed.
-        ValueError: another ending, or no dict of tensors in it.
+        ValueError: another ending, a damaged file, or no dict of tensors in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,7 +42,10 @@ def read_weights(path: str | Path) -> WeightsFile:
         return _read_safetensors(path)
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"weights file must end in .safetensors, .pt or .pth, got {path.name}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch lets through whatever its unpickler meets: KeyError, EOFError, RuntimeError and more
+        raise ValueError(f"weights file {path} cannot be read: {_first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} must hold a dict of tensors (a state_dict), got {type(content).__name__}")
     return WeightsFile(path, content, {})
@@ -50,11 +53,18 @@ def read_weights(path: str | Path) -> WeightsFile:
 
 def _read_safetensors(path: Path) -> WeightsFile:
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(f"{path.name} needs the package safetensors: pip install 'ssod_fast[train]'") from error
-    with safe_open(path, framework="pt") as file:
-        return WeightsFile(path, {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            return WeightsFile(path, {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"weights file {path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_backbone(network: nn.Module, file: WeightsFile) -> None:

@@ -196,6 +196,14 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.pt")
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(40)])
+def test_damaged_weights_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"weights file .*{name} cannot be read: \w"):
+        read_weights(tmp_path / name)
+
+
 def test_missing_safetensors_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors", None)
