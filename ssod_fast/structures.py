@@ -76,7 +76,8 @@ class PaddedTargets:
         """The images `rows`, chosen by host integers, in that order."""
         if isinstance(rows, slice):
             return self._map(lambda field: field[rows])
-        if isinstance(rows, int) or not all(isinstance(row, int) for row in rows):
+        # A bool is an int to Python; a list of them is meant as a mask and must not be read as rows 0 and 1.
+        if isinstance(rows, int) or not all(type(row) is int for row in rows):
             raise TypeError(f"rows must be a slice or a sequence of int, got {rows!r}")
         if not all(-len(self) <= row < len(self) for row in rows):
             raise IndexError(f"rows must lie in [0, {len(self)}), got {list(rows)}")
@@ -111,6 +112,7 @@ class PaddedTargets:
             raise ValueError(f"nmax must not be negative, got {nmax}")
         lengths = [_check_target(i, target) for i, target in enumerate(targets)]
         source = targets[0]["boxes"].device if targets else torch.device("cpu")
+        _check_devices(targets, source)
         rows = max(lengths, default=0) if nmax is None else nmax
         kept = [min(n, rows) for n in lengths]
         padded = cls(
@@ -197,7 +199,7 @@ class PaddedTargets:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor without blocking the host; host memory is pinned first so that the copy really overlaps."""
+    """Moves a tensor without blocking the host; host memory is pinned first (once) so that the copy really overlaps."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         # The caching host allocator keeps the pinned block until the copy is done.
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -223,6 +225,14 @@ def _or_ones(values: Tensor | None, boxes: Tensor) -> Tensor:
 def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     if value is not None and tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
+
+
+def _check_devices(targets: Sequence[Target], device: torch.device) -> None:
+    for i, target in enumerate(targets):
+        for name in ("boxes", "labels", "scores", "weights"):
+            value = target.get(name)
+            if isinstance(value, Tensor) and value.device != device:
+                raise ValueError(f"targets must be on one device, got {device} and targets[{i}][{name!r}] on {value.device}")
 
 
 def _check_target(i: int, target: Target) -> int:

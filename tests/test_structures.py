@@ -97,6 +97,8 @@ def test_indexing_by_host_rows() -> None:
         padded[[3]]
     with pytest.raises(TypeError, match="rows must be a slice or a sequence of int"):
         padded[1]  # type: ignore[index]
+    with pytest.raises(TypeError, match=re.escape("rows must be a slice or a sequence of int, got [True, False]")):
+        padded[[True, False]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,6 +135,14 @@ def test_only_to_list_syncs(device: str) -> None:
 def test_bad_targets(bad: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         PaddedTargets.from_list([target(1), bad])
+
+
+@pytest.mark.parametrize("name", ["boxes", "labels", "scores"])
+def test_mixed_devices(name: str) -> None:
+    elsewhere = {**target(1), "scores": torch.ones(1)}
+    elsewhere[name] = elsewhere[name].to("meta")  # type: ignore[literal-required]
+    with pytest.raises(ValueError, match=re.escape(f"targets must be on one device, got cpu and targets[1]['{name}'] on meta")):
+        PaddedTargets.from_list([target(1), elsewhere])  # type: ignore[list-item]
 
 
 def test_bad_fields() -> None:

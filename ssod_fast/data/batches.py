@@ -33,7 +33,7 @@ class LabeledBatch:
     def to(self, device: torch.device | str) -> LabeledBatch:
         """The same batch on `device`; copies do not block."""
         where = torch.device(device)
-        return LabeledBatch(_upload_all(self.images, where), [_map_target(t, lambda v: _upload(v, where)) for t in self.targets])
+        return LabeledBatch(_upload_all(self.images, where), [_map_target(t, lambda v: upload(v, where)) for t in self.targets])
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,8 @@ class EvalBatch:
         return replace(self, images=_upload_all(self.images, torch.device(device)))
 
 
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    # Already pinned by the loader's own thread in the usual case; `upload` pins what is not.
-    return tensor.to(device, non_blocking=True) if device.type == "cuda" and tensor.is_pinned() else upload(tensor, device)
-
-
 def _upload_all(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    return [_upload(tensor, device) for tensor in tensors]
+    return [upload(tensor, device) for tensor in tensors]
 
 
 def _map_target(target: Target, function: Callable[[Tensor], Tensor]) -> Target:
