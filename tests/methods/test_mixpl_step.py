@@ -409,6 +409,7 @@ class TestConstruction:
             ({"least_num": 0}, "least_num must be at least 1"),
             ({"erase_patches": (5, 5)}, "erase_patches must satisfy 1 <= low < high"),
             ({"erase_ratio": (0.0, 1.0)}, "erase_ratio must stay below 1"),
+            ({"erase_thr": float("nan")}, "erase_thr must be positive, got nan"),
             ({"unsup_weight": -1}, "unsup_weight must be at least 0"),
             ({"burn_in": -1}, "burn_in must be at least 0"),
         ],

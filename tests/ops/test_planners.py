@@ -210,6 +210,8 @@ class TestMosaic:
             MosaicPlanner(tiles=5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="every group must name 4 sources"):
             MosaicPlanner().plan(SIZES, groups=[[1, 2]])
+        with pytest.raises(ValueError, match=r"every group must name 4 sources in 0\.\.\d+, got \[0, 1, 2, -1\]"):
+            MosaicPlanner().plan(SIZES, groups=[[0, 1, 2, -1]])
         with pytest.raises(ValueError, match="sizes must name at least one source"):
             MosaicPlanner().plan([])
 

@@ -111,6 +111,8 @@ def _check_ranges(config: MixPLConfig) -> None:
     for name, low in least.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+    if not config.erase_thr > 0:
+        raise ValueError(f"erase_thr must be positive, got {config.erase_thr}")
     for name in ("cls_pseudo_thr", "teacher_score_thr"):
         if getattr(config, name) > 1:
             raise ValueError(f"{name} is compared with scores and must be at most 1, got {getattr(config, name)}")

@@ -58,7 +58,9 @@ class MosaicPlanner(RandomPlanner):
             groups: the sources of each mosaic instead, row by row of the grid.
         """
         check_sizes("sizes", sizes)
-        chosen = [self._choose(len(sizes)) for _ in range(canvases)] if groups is None else [self._given(group) for group in groups]
+        chosen = (
+            [self._choose(len(sizes)) for _ in range(canvases)] if groups is None else [self._given(group, len(sizes)) for group in groups]
+        )
         make = self._centre_touch if self._layout == "centre_touch" else self._window
         rows = [make([self._tile(src, sizes[src]) for src in group], sizes) for group in chosen]
         return ComposePlan.from_placements([canvas for canvas, _ in rows], [places for _, places in rows])
@@ -71,9 +73,9 @@ class MosaicPlanner(RandomPlanner):
             return self._draws.permutation(n)[:tiles]
         return [self._draws.integer(0, n) for _ in range(tiles)]
 
-    def _given(self, group: Sequence[int]) -> list[int]:
-        if len(group) != self._grid**2:
-            raise ValueError(f"every group must name {self._grid**2} sources, got {list(group)}")
+    def _given(self, group: Sequence[int], n: int) -> list[int]:
+        if len(group) != self._grid**2 or not all(0 <= src < n for src in group):
+            raise ValueError(f"every group must name {self._grid**2} sources in 0..{n - 1}, got {list(group)}")
         return list(group)
 
     def _tile(self, src: int, size: Size) -> Placement:
