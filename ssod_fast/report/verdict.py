@@ -28,6 +28,7 @@ _NAMING_KEYS = (
 _DATA_KEYS = ("labeled", "unlabeled", "hidden_gt")
 GOOD_PRECISION = 0.7
 LOW_GATE = 0.3
+LEVEL = 1.0  # AP50 points that two evaluations of one model easily differ by
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
@@ -138,9 +139,12 @@ def _teacher_student(run: Run) -> str:
     teacher, student = final_ap(run, role="teacher"), final_ap(run, role="student")
     if not (math.isfinite(teacher) and math.isfinite(student)):
         return ""
-    if teacher < student:
+    gap = teacher - student
+    if abs(gap) <= LEVEL:
+        return f"{run.label}: teacher ({teacher:.1f}) and student ({student:.1f}) are level in AP50."
+    if gap < 0:
         return f"{run.label}: the teacher ({teacher:.1f}) is worse than its student ({student:.1f}): its moving average is too slow."
-    return f"{run.label}: the teacher is {teacher - student:.1f} AP50 points ahead of its student."
+    return f"{run.label}: the teacher is {gap:.1f} AP50 points ahead of its student."
 
 
 def _warnings(run: Run) -> str:

@@ -101,6 +101,15 @@ def test_verdict_warns_of_an_unfair_comparison(tmp_path, write_run):
     assert "Careful, the runs differ in more than the method: iters." in verdict(read_runs(runs))[0]
 
 
+@pytest.mark.parametrize(
+    ("teacher", "words"), [(0.30, "worse than its student"), (0.405, "are level in AP50"), (0.5, "10.0 AP50 points ahead")]
+)
+def test_verdict_compares_teacher_and_student(tmp_path, teacher, words):
+    line = {"type": "eval", "it": 5, "teacher": {"AP": 0.1, "AP50": teacher}, "student": {"AP": 0.1, "AP50": 0.4}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    assert any(words in sentence for sentence in verdict(read_runs([tmp_path])))
+
+
 def test_seeds_are_averaged(tmp_path, write_run):
     runs = [write_run(tmp_path / f"mixpl{seed}", seed=seed) for seed in range(3)]
     assert re.search(r"AP50 \d+\.\d ± \d+\.\d \(mean ± standard deviation of 3 runs\)", verdict(read_runs(runs))[0])
