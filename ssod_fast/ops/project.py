@@ -40,7 +40,7 @@ def project_boxes(
         The boxes in pixels of the strong views, those that are left in their order.
 
     Raises:
-        ValueError: a shape does not fit the batch.
+        ValueError: a shape does not fit the batch, or a matrix is not finite.
         TypeError: a matrix is not on the CPU.
     """
     return drop_small(warp_boxes(warp_boxes(targets, weak_inv, original_hw), strong, strong_hw), min_wh)
@@ -53,8 +53,13 @@ def warp_boxes(targets: PaddedTargets, matrix: Tensor, hw: Sizes) -> PaddedTarge
         targets: [B, N].
         matrix: [B, 3, 3] on the CPU.
         hw: (height, width) of the images that the matrices lead to.
+
+    Raises:
+        ValueError: a shape does not fit the batch, or a matrix is not finite, which would drop every box of its image.
+        TypeError: the matrices are not on the CPU.
     """
     _check(targets, matrix, hw)
+    _check_finite(matrix)
     limits = torch.tensor([(w, h, w, h) for h, w in hw], dtype=torch.float32).reshape(-1, 4)
     geometry = upload(torch.cat([matrix.reshape(-1, 9).float(), limits], dim=1), targets.device)  # [B, 13]
     moved = _hull(targets.boxes, geometry[:, :9])
@@ -104,6 +109,12 @@ def _check(targets: PaddedTargets, matrix: Tensor, hw: Sizes) -> None:
     _check_matrix(matrix)
     if matrix.shape[0] != len(targets) or len(hw) != len(targets):
         raise ValueError(f"targets, matrices and sizes must agree, got {len(targets)}, {matrix.shape[0]} and {len(hw)} images")
+
+
+def _check_finite(matrix: Tensor) -> None:
+    host = matrix.double().numpy()  # NumPy, so that nobody takes a question about host data for a wait for the device
+    for image in np.flatnonzero(~np.isfinite(host).all(axis=(1, 2))).tolist():
+        raise ValueError(f"the homography of image {image} must be finite, got {host[image].tolist()}")
 
 
 def _check_matrix(matrix: Tensor) -> None:

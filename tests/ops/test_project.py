@@ -125,5 +125,8 @@ def test_bad_input() -> None:
         warp_boxes(targets, torch.eye(3), [(4, 4)])
     with pytest.raises(ValueError, match="must agree, got 1, 1 and 2 images"):
         warp_boxes(targets, EYE, [(4, 4), (4, 4)])
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="homography of image 0 must be finite, got"):
+            project_boxes(targets, EYE, [(4, 4)], torch.full((1, 3, 3), value), [(4, 4)])
     with pytest.raises(TypeError, match="must stay on the CPU"):
         invert_homographies(torch.empty(1, 3, 3, device="meta"))
