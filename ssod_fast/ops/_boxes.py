@@ -109,7 +109,7 @@ def _check_offsets(name: str, offsets: Any, boxes: Tensor, boxes_name: str) -> N
 
 def _check_host_offsets(name: str, offsets: Tensor, rows: int) -> list[int]:
     """Checks the values of offsets that lie on the host; reading them there costs no synchronisation."""
-    values: list[int] = offsets.tolist()
+    values: list[int] = offsets.numpy().tolist()
     if values[0] != 0 or values[-1] != rows or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"{name} must rise from 0 to the number of boxes ({rows}), got {values}")
     return values
@@ -130,7 +130,7 @@ def check_ragged(
     if offsets1.shape != offsets2.shape:
         raise ValueError(f"offsets1 and offsets2 must have equal lengths, got {offsets1.shape[0]} and {offsets2.shape[0]}")
     largest = None
-    if offsets1.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(offsets1) is Tensor and offsets1.device.type == "cpu" and not torch.compiler.is_compiling():  # not a fake tensor either
         _check_host_offsets("offsets1", offsets1, boxes1.shape[0])
         ends = _check_host_offsets("offsets2", offsets2, boxes2.shape[0])
         largest = max((b - a for a, b in pairwise(ends)), default=0)

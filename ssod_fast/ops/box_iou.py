@@ -242,7 +242,8 @@ register(
     triton=_triton("box_iou"),
 )
 register(
-    f"box_iou.out(Tensor boxes1, Tensor boxes2, {_RULE}, bool nan_zero, Tensor(a!) out) -> ()",
+    # `overlap` is the mode: torch's functionalisation of mutating ops has an argument of that name itself.
+    f"box_iou.out(Tensor boxes1, Tensor boxes2, {_RULE.replace('mode', 'overlap', 1)}, bool nan_zero, Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=_fake_out,
     triton=_triton("box_iou_out"),

@@ -83,9 +83,9 @@ def box_iou_below(
     if math.isnan(threshold):
         raise ValueError("threshold must be a number, got nan")
     rule = _boxes.make_rule(mode, fmt, eps_mode, eps)
-    boxes, others = _boxes.as_computable(boxes.detach(), others.detach(), "boxes", "others")
+    boxes, others = _boxes.as_computable(boxes, others, "boxes", "others")
     offsets1, offsets2 = _boxes.check_batching(boxes, others, offsets1, offsets2, "boxes", "others")
-    below, maxima = _op(boxes, others, offsets1, offsets2, threshold, *rule, return_max)
+    below, maxima = _op(boxes.detach(), others.detach(), offsets1, offsets2, threshold, *rule, return_max)
     return (below, maxima) if return_max else below
 
 

@@ -84,13 +84,13 @@ def box_iou_max(
         ValueError: for wrong shapes, devices, offsets, dim or option names.
         TypeError: for wrong dtypes.
     """
-    dims = dim if isinstance(dim, tuple) else (dim,)
-    if dims not in ((-1,), (-2,), (-1, -2), (-2, -1)):
+    if dim not in (-1, -2, (-1, -2), (-2, -1)):
         raise ValueError(f"dim must be -1, -2 or (-1, -2), got {dim!r}")
+    dims = dim if isinstance(dim, tuple) else (dim,)
     rule = _boxes.make_rule(mode, fmt, eps_mode, eps)
-    boxes1, boxes2 = _boxes.as_computable(boxes1.detach(), boxes2.detach())
+    boxes1, boxes2 = _boxes.as_computable(boxes1, boxes2)
     offsets1, offsets2 = _boxes.check_batching(boxes1, boxes2, offsets1, offsets2)
-    values1, indices1, values2, indices2 = _op(boxes1, boxes2, offsets1, offsets2, *rule, -1 in dims, -2 in dims)
+    values1, indices1, values2, indices2 = _op(boxes1.detach(), boxes2.detach(), offsets1, offsets2, *rule, -1 in dims, -2 in dims)
     best = {-1: BoxMax(values1, indices1), -2: BoxMax(values2, indices2)}
     return (best[dims[0]], best[dims[1]]) if len(dims) == 2 else best[dims[0]]
 
