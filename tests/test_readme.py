@@ -1,0 +1,62 @@
+"""What README.md shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssod_fast.cli.train import parse_train
+from ssod_fast.data import LoaderConfig, TrainLoader, ViewConfig, list_images, load_detection_data
+from ssod_fast.data.synthetic import write_scenes
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+COMMANDS = [line.split("#")[0].strip() for line in README.read_text().splitlines() if line.startswith("ssod-fast train")]
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """The names left behind by the Python blocks, which are run one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    assert len(blocks) == 3
+    found: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), found)
+    return found
+
+
+def test_boxes(names: dict[str, Any]) -> None:
+    assert names["overlaps"].shape == (900, 20)
+    assert torch.isfinite(names["predicted"].grad).all()
+
+
+def test_images(names: dict[str, Any]) -> None:
+    assert names["batch"].shape == (1, 3, 640, 640)
+    assert names["batch"].std() > 0.1
+
+
+def test_training_loop(names: dict[str, Any], tmp_path: Path) -> None:
+    write_scenes(tmp_path, 8, 2, seed=0)
+    data = load_detection_data(tmp_path, split="train")
+    views = ViewConfig(short_side=(96, 128), max_side=192, test_short_side=112)
+    loader = TrainLoader(
+        data.subset([record.id for record in data.records[:4]]),
+        list_images(tmp_path / "images"),
+        LoaderConfig(2, 2, workers=0, views=views),
+    )
+    model = names["model"]
+    before = [p.detach().clone() for p in model.student.parameters()]
+    batches = iter(loader)
+    names["train"]([next(batches) for _ in range(5)])
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.student.parameters(), strict=True))
+    assert all(torch.isfinite(p).all() for p in model.student.parameters())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_train_commands_parse(command: str) -> None:
+    config = parse_train(shlex.split(command)[2:])
+    assert str(config.labeled).startswith("data/")
