@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ssod_fast.data.coco import read_coco
 from ssod_fast.data.detect import has_split, load_detection_data
-from ssod_fast.data.records import DetectionData, ImageRecord, check_same_classes
+from ssod_fast.data.records import EXAMPLES, DetectionData, ImageRecord, check_same_classes
 from ssod_fast.data.unlabeled import list_images
 
 from .config import TrainConfig
@@ -79,6 +80,7 @@ def _load(config: TrainConfig[Any]) -> TrainingData:
             "--percent 10, write a split with `ssod-fast split`, or train with --method supervised"
         )
     notes = [str(data.warnings) for data in (full, val) if data is not None and data.warnings]
+    notes += _shared_with_val(unlabeled, val)
     return TrainingData(labeled, unlabeled or None, val, hidden, split, notes)
 
 
@@ -109,6 +111,17 @@ def _draw(config: TrainConfig[Any], full: DetectionData) -> tuple[DetectionData,
     return full.subset(split.labeled_ids), full.subset(split.unlabeled_ids), dict(split.manifest)
 
 
+def _shared_with_val(unlabeled: Sequence[ImageRecord], val: DetectionData | None) -> list[str]:
+    """A note if images for evaluation are also trained on, as happens where one folder holds the images of all parts."""
+    names = {record.path.name for record in val.records} if val is not None else set()
+    candidates = {record.path.resolve() for record in unlabeled if record.path.name in names}
+    shared = [record.path for record in val.records if record.path.resolve() in candidates] if val is not None and candidates else []
+    if not shared:
+        return []
+    examples = ", ".join(path.name for path in shared[:EXAMPLES]) + (", ..." if len(shared) > EXAMPLES else "")
+    return [f"{len(shared)} images for evaluation are among the unlabelled ones ({examples}): the evaluation is not on unseen images"]
+
+
 def _with_free_ids(records: Sequence[ImageRecord], taken: Sequence[ImageRecord]) -> list[ImageRecord]:
     """The same images with ids that `taken` does not use."""
     if not taken:
@@ -118,14 +131,19 @@ def _with_free_ids(records: Sequence[ImageRecord], taken: Sequence[ImageRecord])
 
 
 def _read_hidden(path: Path, unlabeled: Sequence[ImageRecord], classes: Sequence[str]) -> HiddenTruth:
-    """Truth from a COCO json, matched to the unlabelled images by file name.
+    """Truth from a COCO json, matched to the unlabelled images by path, or by file name where that says which image is meant.
 
     Raises:
         ValueError: no image matches.
     """
     truth = read_coco(path, classes=classes)
-    by_name = {record.path.name: target for record, target in zip(truth.records, truth.targets, strict=True)}
-    found = [(record.id, by_name[record.path.name]) for record in unlabeled if record.path.name in by_name]
+    by_path = {record.path.resolve(): row for row, record in enumerate(truth.records)}
+    by_name = {record.path.name: row for row, record in enumerate(truth.records)}
+    for records in (truth.records, unlabeled):  # a name that two folders use names no image
+        uses = Counter(record.path.name for record in records)
+        by_name = {name: row for name, row in by_name.items() if uses[name] == 1}
+    rows = [by_path.get(record.path.resolve(), by_name.get(record.path.name)) for record in unlabeled]
+    found = [(record.id, truth.targets[row]) for record, row in zip(unlabeled, rows, strict=True) if row is not None]
     if not found:
-        raise ValueError(f"hidden_gt {path} describes none of the {len(unlabeled)} unlabelled images (matched by file name)")
+        raise ValueError(f"hidden_gt {path} describes none of the {len(unlabeled)} unlabelled images (matched by path and file name)")
     return HiddenTruth([i for i, _ in found], [t for _, t in found])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,32 @@ def test_hidden_truth_is_matched_by_file_name(make_config: MakeConfig, scenes: P
     assert data.hidden is not None
     assert (len(data.unlabeled), len(data.hidden)) == (20, 4)
     assert all(("val" in r.path.name) == (r.id in data.hidden) for r in data.unlabeled)
+
+
+def test_hidden_truth_of_names_that_two_folders_use(make_config: MakeConfig, scenes: Path, tmp_path: Path) -> None:
+    tree = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    for i, image in enumerate(tree["images"]):  # a/0.png, b/0.png, a/1.png, b/1.png
+        name = f"{'ab'[i % 2]}/{i // 2}.png"
+        (tmp_path / "u" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes / "images" / image["file_name"], tmp_path / "u" / name)
+        image["file_name"] = name
+    boxes = [sum(a["image_id"] == image["id"] for a in tree["annotations"]) for image in tree["images"]]
+    (tmp_path / "u" / "truth.json").write_text(json.dumps(tree))
+    config = make_config(percent=None, unlabeled=str(tmp_path / "u"), hidden_gt=tmp_path / "u" / "truth.json")
+    data = load_sets(config)
+    assert data.unlabeled is not None
+    assert data.hidden is not None
+    assert [len(data.hidden[r.id][1]) for r in data.unlabeled] == [boxes[i] for i in (0, 2, 1, 3)]  # sorted: a/0, a/1, b/0, b/1
+    # From elsewhere the paths differ, and the names alone do not say which image is meant.
+    shutil.copytree(tmp_path / "u", tmp_path / "copy")
+    with pytest.raises(DataError, match="describes none of the 4 unlabelled images"):
+        load_sets(dataclasses.replace(config, hidden_gt=tmp_path / "copy" / "truth.json"))
+
+
+def test_unlabelled_images_of_the_validation_set_are_told(make_config: MakeConfig, scenes: Path) -> None:
+    notes = load_sets(make_config(unlabeled=str(scenes / "images"))).notes
+    assert [n for n in notes if n.startswith("4 images for evaluation are among the unlabelled ones (val_00000.png, val_00001.png")]
+    assert load_sets(make_config()).notes == []
 
 
 def test_more_unlabelled_images_get_ids_of_their_own(make_config: MakeConfig, scenes: Path) -> None:
