@@ -23,6 +23,7 @@ MARK = "metrics.jsonl"  # a folder with this file is a run's
 OUTPUTS = (
     "config.yaml",
     "env.json",
+    "split.json",
     "results.csv",
     "metrics.jsonl",
     "predictions.json",
@@ -84,8 +85,8 @@ def open_run(config: TrainConfig[Any]) -> RunStart:
     return RunStart(kind, state, notes)
 
 
-def prepare(config: TrainConfig[Any], start: RunStart) -> None:
-    """Clears what an earlier run left if this one is new, and writes config and environment."""
+def prepare(config: TrainConfig[Any], start: RunStart, split: dict[str, Any] | None = None) -> None:
+    """Clears what an earlier run left if this one is new, and writes config, environment and the manifest of the drawn split."""
     folder = config.folder
     if start.kind == "new":
         for name in OUTPUTS:
@@ -98,6 +99,8 @@ def prepare(config: TrainConfig[Any], start: RunStart) -> None:
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     write_config(config, folder / "config.yaml")
     write_json(folder / "env.json", environment())
+    if split is not None:
+        write_json(folder / "split.json", split)
 
 
 def environment() -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Trainer:
         self._build_observers()
         torch.manual_seed(config.seed + 1000 * (self.rank + 1))  # ranks draw their own proposals
         if not config.dry_run and self.rank == 0:
-            prepare(config, start)
+            prepare(config, start, self.data.split)
         self.accelerator.wait_for_everyone()
         if start.state is not None:
             self._load(start.state)
@@ -365,6 +365,7 @@ class Trainer:
             "best": self.referee.best,
             "metrics": self.referee.last,
             "classes": self.classes,
+            "split": self.data.split_hash,
             "config": tree_of(self.config),
         }
         save_last(last_path(self.config.folder), state)
@@ -373,6 +374,11 @@ class Trainer:
         """Restores :meth:`_save`."""
         if state["classes"] != self.classes:
             raise TrainingFailed(f"the checkpoint has the classes {state['classes']}, the labelled set {self.classes}")
+        if state.get("split", self.data.split_hash) != self.data.split_hash:
+            raise TrainingFailed(
+                "the annotation file has changed, and other images are drawn as labelled: "
+                f"the checkpoint has the ids {state['split']}, the data now give {self.data.split_hash}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

@@ -357,6 +357,22 @@ def test_bad_model_is_named(make_config: MakeConfig) -> None:
         train(make_config(name="b", model_options=("fpn_chanels=3",)))
 
 
+def test_the_drawn_split_is_stored_and_must_stay(make_config: MakeConfig, scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "moving")
+    config = make_config("supervised", iters=4, labeled=tmp_path / "moving")
+    Stopping.stop_at = 2
+    Stopping(config).run()
+    manifest = json.loads((config.folder / "split.json").read_text())
+    assert len(manifest["labeled_ids"]) == manifest["unique"] == 8
+    assert manifest["labeled_sha256"] == of_type(config.folder, "run")[0]["split_hash"]
+    path = tmp_path / "moving" / "annotations" / "instances_train.json"
+    tree = json.loads(path.read_text())
+    tree["images"].reverse()
+    path.write_text(json.dumps(tree))
+    with pytest.raises(TrainingFailed, match="the annotation file has changed, and other images are drawn as labelled"):
+        train(config)
+
+
 def test_checkpoint_of_other_classes(make_config: MakeConfig, scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "moving")
     config = make_config("supervised", iters=4, labeled=tmp_path / "moving")
