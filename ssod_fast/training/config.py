@@ -182,6 +182,9 @@ def _check(config: TrainConfig[Any]) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    for name in ("seed", "workers", "cache_mb", "preview_images"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
     if config.percent is not None and not 0 < config.percent <= 100:
         raise ConfigError(f"percent must lie in (0, 100], got {config.percent}")
     if config.lr is not None and not config.lr > 0:

@@ -37,7 +37,7 @@ def from_tree(kind: type[T], tree: Any, key: str = "", types_of: Mapping[str, An
         types_of: types of fields that the class leaves open.
 
     Raises:
-        ConfigError: unknown key (the nearest name is offered), missing key, or a value of another type.
+        ConfigError: unknown key (the nearest name is offered), missing key, a value of another type, or one that the class refuses.
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{key or 'the config'} must be a mapping, got {tree!r}")
@@ -51,7 +51,12 @@ def from_tree(kind: type[T], tree: Any, key: str = "", types_of: Mapping[str, An
     missing = [_join(key, f.name) for f in required if f.name not in values]
     if missing:
         raise ConfigError(f"missing key {', '.join(missing)}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}" if key else str(error)) from error
 
 
 def convert(hint: Any, value: Any, key: str) -> Any:

@@ -79,6 +79,10 @@ def test_short_forms_of_the_method() -> None:
         ({"labeled": "x", "percent": 0.0}, r"percent must lie in \(0, 100\], got 0.0"),
         ({"labeled": "x", "model_options": ["a"]}, "model_options must be name=value, got 'a'"),
         ({"labeled": "x", "lr": -1.0}, "lr must be positive"),
+        ({"labeled": "x", "workers": -1}, "workers must not be negative, got -1"),
+        ({"labeled": "x", "seed": -1}, "seed must not be negative, got -1"),
+        ({"labeled": "x", "views": {"short_side": [50, 20]}}, r"views: short_side must be \(low, high\)"),
+        ({"labeled": "x", "method": {"name": "mixpl", "ema": {"gamma": 0.0}}}, "method.ema: gamma must be positive"),
     ],
 )
 def test_bad_settings_are_named(tree: dict[str, Any], message: str) -> None:
