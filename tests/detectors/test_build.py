@@ -77,6 +77,13 @@ def test_tiny_detectors_train_and_predict(family: str) -> None:
     assert len(detector.predict(images(HW))) == 1
 
 
+@pytest.mark.parametrize(("norm", "kind", "other"), [("group", nn.GroupNorm, nn.BatchNorm2d), ("batch", nn.BatchNorm2d, nn.GroupNorm)])
+def test_the_norm_of_the_tiny_network_is_chosen(norm: str, kind: type[nn.Module], other: type[nn.Module]) -> None:
+    backbone: Any = build_detector("torchvision:fcos_tiny_fpn", 4, tiny_norm=norm).model.backbone
+    assert sum(isinstance(m, kind) for m in backbone.body.modules()) == 8
+    assert not any(isinstance(m, other) for m in backbone.body.modules())
+
+
 @pytest.mark.parametrize("family", ["fcos", "retinanet"])
 def test_tiny_detectors_do_not_sync(family: str) -> None:
     detector: Any = build_detector(f"torchvision:{family}_tiny_fpn", 4)
@@ -237,6 +244,7 @@ def test_unknown_names(name: str, message: str) -> None:
         ({"levels": (3, 8)}, r"levels must be \(first, last\) .* got \(3, 8\)"),
         ({"levels": (6, 7)}, r"levels must be \(first, last\)"),
         ({"head_convs": 5}, r"head_convs must lie in 1..4, got 5"),
+        ({"tiny_norm": "layer"}, 'tiny_norm must be "group" or "batch", got \'layer\''),
         ({"trainable_layers": 6}, r"trainable_layers must lie in 0..5, got 6"),
         ({"prior_distance": -1.0}, "prior_distance must not be negative"),
         ({"aspect_ratios": ()}, "aspect_ratios must be positive numbers"),
