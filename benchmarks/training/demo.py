@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ssod_fast.demo import BASELINE, METHOD, DemoConfig, DemoResult, run_demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +37,7 @@ def rows_of(result: DemoResult, seed: int, config: DemoConfig) -> Iterator[dict[
         row |= {"percent": config.percent, "labeled": lines[0]["labeled"], "split_hash": lines[0]["split_hash"][:12]}
         row |= {name: f"{found[network][name]:.5f}" for name in METRICS}
         row |= {name: f"{quality[name]:.4f}" if quality.get(name) is not None else "" for name in ("precision", "recall")}
-        yield row | {"seconds": f"{result.seconds[method]:.0f}", "threads": torch.get_num_threads(), "commit": commit()}
+        yield row | {"seconds": f"{result.seconds[method]:.0f}", "threads": config.threads, "commit": commit()}
 
 
 def commit() -> str:
@@ -85,13 +83,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=DemoConfig.threads)
     parser.add_argument("--iters", type=int, default=DemoConfig.iters, help="steps of a run; fewer for a smoke test")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "demo_seeds", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the table")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    config = DemoConfig(iters=args.iters)
+    config = DemoConfig(iters=args.iters, threads=args.threads)
     results = [(seed, run_demo(args.runs / f"seed{seed}", seed, config, quiet=True)) for seed in range(args.seeds)]
     rows = [row for seed, result in results for row in rows_of(result, seed, config)]
     args.out.mkdir(parents=True, exist_ok=True)
