@@ -187,7 +187,7 @@ def _method(name: str, config: DemoConfig) -> Any:
         gate="sum",  # scenes without any confident object are common here, and one of them would silence the whole batch
         unsup_weight=1.0,
         mosaic_shape=((short // 2, short // 2), (5 * short // 6, 5 * short // 6)),  # official range, 400 to 800 for views of 400 to 1200
-        # Weights are random at first. From here on labels alone bring the baseline little further, and three of four pseudo boxes are right.
+        # Weights are random at first. Then labels alone bring the baseline little further, and three of four pseudo boxes are right.
         burn_in=3 * config.iters // 8,
         ema=ema,
     )
