@@ -207,6 +207,9 @@ def test_switches() -> None:
     sized, _ = planner(resize="size").plan(STRONG, [(555, 555)] * 8)
     assert columns(sized, 0, 1)["out_h"] == 128  # the target exactly, where floor(h * s) can be one short
     assert planner(erase_patches=None).plan(STRONG, CACHE)[0].erase.shape[2] == 0
+    erase = planner(erase_patches=(3, 4), erase_ratio=(0.5, 0.5)).plan(STRONG, CACHE)[0].erase[:, 0]  # [4, 3, 4] of the strong images
+    sides = (erase[..., 2:] - erase[..., :2]).tolist()
+    assert sides == [[[w // 2, h // 2]] * 3 for h, w in STRONG]
 
 
 def test_another_batch_size_and_narrow_images() -> None:
