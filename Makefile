@@ -39,7 +39,7 @@ gpu:
 	  $(PYTHON) setup.py build_ext --inplace
 	mkdir -p build/site && ln -sfn ../../ssod_fast build/site/ssod_fast
 	PYTHONPATH=build/site $(PYTHON) -m ssod_fast.ops
-	PYTHONPATH=build/site $(PYTHON) -m pytest -m gpu tests/ops tests/kernels tests/detectors tests/methods -q
+	PYTHONPATH=build/site $(PYTHON) -m pytest -m gpu tests/ops tests/triton_kernels tests/detectors tests/methods -q
 	PYTHONPATH=build/site $(PYTHON) benchmarks/run.py --device cuda --out $(or $(OUT),benchmarks/results)
 
 # Stamps: a second call starts at once.
