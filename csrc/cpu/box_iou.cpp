@@ -37,40 +37,52 @@ struct Matrix {
   Out pad;
 };
 
-// Writes one block of a row, through L1 where the result has another dtype than the maths.
+// Writes one block of a row, through L1 where the result has another dtype than the maths. Up to `spare` values behind
+// the block may be overwritten.
 template <Mode mode, bool zero, typename T, typename Out>
-void write_row(const Box<T>& a, const Planes<T>& b, const Eps<T>& eps, bool nan_zero, Out* out, int64_t n) {
-  alignas(64) T block[kColumnBlock];
-  T* values = block;
+void write_block(const Box<T>& a, const Planes<T>& b, const Eps<T>& eps, bool nan_zero, Out* out, int64_t n,
+                 int64_t spare) {
   if constexpr (std::is_same_v<T, Out>) {
-    values = out;
-  }
-  overlap_row<mode, zero>(a, b, eps, values, n);
-  if (nan_zero) {
-    nan_to_zero(values, n);
-  }
-  if constexpr (!std::is_same_v<T, Out>) {
+    overlap_row<mode, zero>(a, b, eps, out, std::min(whole_vectors(n), n + spare));
+    if (nan_zero) {
+      nan_to_zero(out, n);
+    }
+  } else {
+    alignas(64) T block[kColumnBlock];
+    overlap_row<mode, zero>(a, b, eps, block, whole_vectors(n));
+    if (nan_zero) {
+      nan_to_zero(block, n);
+    }
     std::transform(block, block + n, out, [](T value) { return static_cast<Out>(value); });
+  }
+}
+
+// Rows [first, first + count) of one group.
+template <Mode mode, bool zero, typename T, typename Out>
+void fill_tile(const Problem& p, const BoxSet<T>& set1, const Planes<T>& planes2, const Matrix<Out>& out,
+               const BoxGroup& group, int64_t first, int64_t count) {
+  const Eps<T> eps = make_eps<T>(p.eps_mode, p.eps);
+  PlaneTile<T, kRowTile> a;
+  set1.load_planes(first, count, p.rule, a.planes());
+  const int64_t cols = std::min(group.cols, out.stride);
+  // Where a row is one block and ends where the next begins, it may spill into the rows that this loop writes later.
+  const bool spills = cols == out.stride && cols <= kColumnBlock;
+  for (int64_t j = 0; j < cols; j += kColumnBlock) {
+    const Planes<T> b = planes2.from(group.col0 + j);
+    for (int64_t i = 0; i < count; ++i) {
+      write_block<mode, zero>(a.planes().at(i), b, eps, p.nan_zero, out.data + (first + i) * out.stride + j,
+                              std::min(kColumnBlock, cols - j), spills ? (count - 1 - i) * cols : 0);
+    }
+  }
+  for (int64_t i = first; cols < out.stride && i < first + count; ++i) {
+    std::fill(out.data + i * out.stride + cols, out.data + (i + 1) * out.stride, out.pad);
   }
 }
 
 template <Mode mode, bool zero, typename T, typename Out>
 void fill(const Problem& p, const BoxSet<T>& set1, const Planes<T>& planes2, const Matrix<Out>& out) {
-  const Eps<T> eps = make_eps<T>(p.eps_mode, p.eps);
   const auto tile = [&](const BoxGroup& group, int64_t first, int64_t count) {
-    PlaneTile<T, kRowTile> a;
-    set1.load_planes(first, count, p.rule, a.planes());
-    const int64_t cols = std::min(group.cols, out.stride);
-    for (int64_t j = 0; j < cols; j += kColumnBlock) {
-      const Planes<T> b = planes2.from(group.col0 + j);
-      for (int64_t i = 0; i < count; ++i) {
-        write_row<mode, zero>(a.planes().at(i), b, eps, p.nan_zero, out.data + (first + i) * out.stride + j,
-                              std::min(kColumnBlock, cols - j));
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      std::fill(out.data + (first + i) * out.stride + cols, out.data + (first + i + 1) * out.stride, out.pad);
-    }
+    fill_tile<mode, zero>(p, set1, planes2, out, group, first, count);
   };
   parallel_rows(set1.rows.count, out.stride,
                 [&](int64_t begin, int64_t end) { for_each_tile(p.groups, begin, end, kRowTile, tile); });

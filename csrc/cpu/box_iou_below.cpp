@@ -9,15 +9,15 @@
 #include "cpu/box_planes.h"
 #include "cpu/outputs.h"
 #include "cpu/parallel.h"
+#include "cpu/reduce.h"
 
 namespace ssod {
 namespace {
 
 constexpr int64_t kRowTile = 64;
 constexpr int64_t kColumnBlock = 256;  // small: a row stops after the block of its first hit
-constexpr int64_t kLanes = 32;
 
-// What a block of overlaps says: whether all are below the threshold, and the largest that is not NaN (or -inf).
+// What the overlaps of a box say: whether all are below the threshold, and the largest that is not NaN (or -inf).
 template <typename T>
 struct Verdict {
   bool below;
@@ -25,20 +25,12 @@ struct Verdict {
 };
 
 template <typename T>
-SSOD_CLONES static Verdict<T> judge(const T* __restrict values, int64_t n, T threshold) {
+SSOD_CLONES static bool all_below(const T* __restrict values, int64_t n, T threshold) {
   int above = 0;
   for (int64_t i = 0; i < n; ++i) {
     above |= !(values[i] < threshold);  // NaN is not below
   }
-  T lane[kLanes];
-  std::fill(lane, lane + kLanes, minus_infinity<T>());
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t part = std::min(kLanes, n - i);
-    for (int64_t k = 0; k < part; ++k) {
-      lane[k] = upper(values[i + k], lane[k]);
-    }
-  }
-  return {above == 0, *std::max_element(lane, lane + kLanes)};
+  return above == 0;
 }
 
 template <typename T>
@@ -59,9 +51,11 @@ Verdict<T> judge_row(const Problem<T>& p, const Box<T>& a, const BoxGroup& group
   Verdict<T> row{true, minus_infinity<T>()};
   for (int64_t j = 0; j < group.cols && (row.below || p.maxima); j += kColumnBlock) {
     const int64_t n = std::min(kColumnBlock, group.cols - j);
-    overlap_row<mode, zero>(a, p.planes2.from(group.col0 + j), p.eps, block, n);
-    const Verdict<T> part = judge(block, n, p.threshold);
-    row = {row.below && part.below, upper(part.largest, row.largest)};
+    overlap_row<mode, zero>(a, p.planes2.from(group.col0 + j), p.eps, block, whole_vectors(n));
+    row.below = row.below && all_below(block, n, p.threshold);
+    if (p.maxima) {
+      row.largest = upper(largest(block, n), row.largest);
+    }
   }
   return row;
 }

@@ -9,52 +9,26 @@
 #include "cpu/box_planes.h"
 #include "cpu/outputs.h"
 #include "cpu/parallel.h"
+#include "cpu/reduce.h"
 
 namespace ssod {
 namespace {
 
 constexpr int64_t kRowTile = 64;
 constexpr int64_t kColumnBlock = 1024;
-constexpr int64_t kLanes = 32;
-
-// Rounds the block up to whole lanes with values that no maximum takes.
-template <typename T>
-int64_t pad_to_lanes(T* values, int64_t n) {
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  std::fill(values + n, values + padded, minus_infinity<T>());
-  return padded;
-}
-
-// Largest of values[0..n) that is not NaN, or -inf. Independent lanes: one running maximum would not vectorise.
-template <typename T>
-SSOD_CLONES static T largest(const T* __restrict values, int64_t n) {
-  T lane[kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) {
-    lane[k] = upper(values[k], minus_infinity<T>());
-  }
-  for (int64_t i = kLanes; i < n; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) {
-      lane[k] = upper(values[i + k], lane[k]);
-    }
-  }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t k = 0; k < half; ++k) {
-      lane[k] = upper(lane[k], lane[k + half]);
-    }
-  }
-  return lane[0];
-}
 
 // Position of the first of values[0..n) that equals `wanted`; it must be there.
 template <typename T>
 SSOD_CLONES static int64_t position(const T* __restrict values, int64_t n, T wanted) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    int first = kLanes;
-    for (int k = 0; k < kLanes; ++k) {
-      const int here = values[i + k] == wanted ? k : static_cast<int>(kLanes);
+  constexpr int64_t kPart = 256;
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int part = static_cast<int>(std::min(kPart, n - i));
+    int first = part;
+    for (int k = 0; k < part; ++k) {
+      const int here = values[i + k] == wanted ? k : part;
       first = here < first ? here : first;
     }
-    if (first < kLanes) {
+    if (first < part) {
       return i + first;
     }
   }
@@ -115,12 +89,12 @@ void scan(const Problem<T>& p, int64_t begin, int64_t end, Best<T>* columns) {
     std::fill(arg, arg + count, -1);
     for (int64_t j = 0; j < group.cols; j += kColumnBlock) {
       const int64_t n = std::min(kColumnBlock, group.cols - j), column = group.col0 + j;
+      const int64_t padded = whole_vectors(n);
       for (int64_t i = 0; i < count; ++i) {
         alignas(64) T block[kColumnBlock];
-        overlap_row<mode, zero>(a.planes().at(i), p.planes2.from(column), p.eps, block, n);
+        overlap_row<mode, zero>(a.planes().at(i), p.planes2.from(column), p.eps, block, padded);
         if (p.rows.wanted()) {
-          const int64_t padded = pad_to_lanes(block, n);
-          const T top = largest(block, padded);
+          const T top = largest(block, n);
           if (top > best[i]) {
             best[i] = top;
             arg[i] = j + position(block, padded, top);

@@ -29,11 +29,21 @@ struct PlaneTile {
   Planes<T> planes() { return {values[0], values[1], values[2], values[3], values[4], values[5]}; }
 };
 
-// Planes of any number of boxes on the heap.
+// Loops run fastest over whole vectors. Where the memory behind the end is free to write, n is rounded up to this many
+// boxes.
+constexpr int64_t kWholeVector = 32;
+
+constexpr int64_t whole_vectors(int64_t n) { return (n + kWholeVector - 1) / kWholeVector * kWholeVector; }
+
+// Planes of any number of boxes on the heap. kWholeVector boxes behind the end may be read; they mean nothing.
 template <typename T>
 class PlaneBuffer {
  public:
-  explicit PlaneBuffer(int64_t count) : stride_(count), values_(new T[6 * count]) {}
+  explicit PlaneBuffer(int64_t count) : stride_(count + kWholeVector), values_(new T[6 * stride_]) {
+    for (T* plane = values_.get() + count; plane < values_.get() + 6 * stride_; plane += stride_) {
+      std::fill(plane, plane + kWholeVector, T(0));
+    }
+  }
   Planes<T> planes() const {
     T* v = values_.get();
     return {v, v + stride_, v + 2 * stride_, v + 3 * stride_, v + 4 * stride_, v + 5 * stride_};

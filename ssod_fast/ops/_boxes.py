@@ -170,9 +170,10 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: double backward is not implemented")
 
 
-def once(name: str, sources: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+Grads = tuple[Tensor | None, Tensor | None]
+
+
+def once(name: str, sources: tuple[Tensor, ...], grads: Grads) -> Grads:
     """`grads` of a backward, arranged so that differentiating them again raises an error that names the op."""
-    if not torch.is_grad_enabled():
-        return grads
-    guarded: tuple[Tensor | None, ...] = _NoDoubleBackward.apply(name, len(sources), *sources, *grads)  # type: ignore[no-untyped-call]
+    guarded: Grads = _NoDoubleBackward.apply(name, len(sources), *sources, *grads)  # type: ignore[no-untyped-call]
     return guarded

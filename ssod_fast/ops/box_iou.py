@@ -66,7 +66,7 @@ def box_iou(
     if out is not None:
         return _into(boxes1, boxes2, rule, nan_zero, dtype, out)
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
-        result: Tensor = _BoxIoU.apply(boxes1, boxes2, rule, nan_zero, dtype)  # type: ignore[no-untyped-call]
+        result: Tensor = _BoxIoU.apply(boxes1, boxes2, (*rule, nan_zero), dtype)  # type: ignore[no-untyped-call]
         return result
     return _forward(boxes1, boxes2, *rule, nan_zero, dtype)
 
@@ -271,15 +271,17 @@ class _BoxIoU(torch.autograd.Function):
     """Saves the boxes alone and recomputes the pairs in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, boxes1: Tensor, boxes2: Tensor, rule: Rule, nan_zero: bool, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, boxes1: Tensor, boxes2: Tensor, options: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.options = (*rule, nan_zero)
-        return _forward(boxes1, boxes2, *rule, nan_zero, dtype)
+        ctx.options = options
+        return _forward(boxes1, boxes2, *options, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         boxes1, boxes2 = ctx.saved_tensors
-        need1, need2 = ctx.needs_input_grad[:2]
+        need1, need2, *_ = ctx.needs_input_grad
         grad1, grad2 = _backward(grad.to(boxes1.dtype), boxes1, boxes2, *ctx.options, need1, need2)
-        grads = _boxes.once("box_iou", (grad, boxes1, boxes2), (grad1 if need1 else None, grad2 if need2 else None))
-        return *grads, None, None, None
+        grads = grad1 if need1 else None, grad2 if need2 else None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            grads = _boxes.once("box_iou", (grad, boxes1, boxes2), grads)
+        return *grads, None, None

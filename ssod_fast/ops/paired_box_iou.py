@@ -49,7 +49,7 @@ def paired_box_iou(
     if boxes1.shape != boxes2.shape:
         boxes1, boxes2 = _broadcast(boxes1, boxes2)
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
-        result: Tensor = _PairedBoxIoU.apply(boxes1, boxes2, rule, nan_zero)  # type: ignore[no-untyped-call]
+        result: Tensor = _PairedBoxIoU.apply(boxes1, boxes2, (*rule, nan_zero))  # type: ignore[no-untyped-call]
         return result
     return _forward(boxes1, boxes2, *rule, nan_zero)
 
@@ -165,15 +165,17 @@ class _PairedBoxIoU(torch.autograd.Function):
     """A thin Function costs less per call than a registered autograd formula, and nothing where no gradient is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, boxes1: Tensor, boxes2: Tensor, rule: Rule, nan_zero: bool) -> Tensor:
+    def forward(ctx: Any, boxes1: Tensor, boxes2: Tensor, options: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(boxes1, boxes2)
-        ctx.options = (*rule, nan_zero)
-        return _forward(boxes1, boxes2, *rule, nan_zero)
+        ctx.options = options
+        return _forward(boxes1, boxes2, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         boxes1, boxes2 = ctx.saved_tensors
-        need1, need2 = ctx.needs_input_grad[:2]
+        need1, need2, _ = ctx.needs_input_grad
         grad1, grad2 = _backward(grad, boxes1, boxes2, *ctx.options, need1, need2)
-        grads = _boxes.once("paired_box_iou", (grad, boxes1, boxes2), (grad1 if need1 else None, grad2 if need2 else None))
-        return *grads, None, None
+        grads = grad1 if need1 else None, grad2 if need2 else None
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            grads = _boxes.once("paired_box_iou", (grad, boxes1, boxes2), grads)
+        return *grads, None
