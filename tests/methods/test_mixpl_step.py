@@ -343,16 +343,14 @@ class TestSwitches:
     @staticmethod
     def last_previews(student: nn.Module, **options: Any) -> tuple[Preview, ...]:
         """Inputs of the third step, the first that mixes."""
-        model = make_model(student, mosaic_shape=((50, 50), (51, 51)), **options)
+        model = make_model(student, **{"mosaic_shape": ((52, 52), (53, 53)), "erase_patches": None, **options})
         for step in range(3):
             out = model.training_step(*make_batches(step), step, want_preview=True)
         return out.previews
 
     def test_interp(self) -> None:
         # Tiles of the mosaic are shrunk; the mixup's partners keep their size, in which both samplers agree.
-        nearest, bilinear = (
-            self.last_previews(says([1, 1, 1, 1]), interp=interp, erase_patches=None) for interp in ("nearest", "bilinear")
-        )
+        nearest, bilinear = (self.last_previews(says([1, 1, 1, 1]), interp=interp) for interp in ("nearest", "bilinear"))
         assert [p.kind for p in nearest] == ["mixup", "mosaic"]
         assert not torch.allclose(nearest[1].images.tensor, bilinear[1].images.tensor, atol=0.01)
         for a, b in zip(nearest, bilinear, strict=True):
@@ -372,9 +370,37 @@ class TestSwitches:
         (preview,) = model.training_step(*make_batches(0), 0, want_preview=True).previews
         assert preview.targets.count.sum() == left
 
+    @pytest.mark.parametrize(("resize", "height"), [("scale_factor", 30 * 0.65), ("size", 30 * 42 / 64)])
+    def test_resize(self, resize: str, height: float) -> None:
+        # 64 x 80 into 52 x 52: 41 x 52 of one scale, or 42 x 52 of two.
+        boxes = self.last_previews(says([1, 1, 1, 1]), resize=resize)[1].targets.boxes[0]
+        assert (boxes[:, 3] - boxes[:, 1]).tolist() == pytest.approx([height] * 4)
+
+    @pytest.mark.parametrize(("flip", "lefts"), [("always", {10}), ("random", {10, 30})])
+    def test_cache_flip(self, flip: str, lefts: set[int]) -> None:
+        # The strong view is a mirror image of 80 pixels, in which the box starts at 30; mirrored again it starts at 10.
+        seen: set[float] = set()
+        for seed in range(3):
+            partners = self.last_previews(says([1, 1, 1, 1]), cache_flip=flip, seed=seed)[0].targets.boxes[:, 1]
+            seen |= set(partners[:, 0].tolist())
+        assert seen == lefts
+
+    @pytest.mark.parametrize(("least", "gate"), [(1, 1), (2, 0)])
+    def test_least_num(self, least: int, gate: int) -> None:
+        stats = make_model(says([1, 1, 1, 1]), least_num=least, erase_patches=None).training_step(*make_batches(0), 0).stats
+        assert stats is not None
+        assert stats.gate == gate
+
+    def test_the_teacher_is_asked_with_its_settings(self) -> None:
+        model = make_model(teacher_score_thr=0.2, teacher_topk=7)
+        asked, predict = [], model.teacher.predict
+        model.teacher.predict = lambda images, *settings: asked.append(settings) or predict(images, *settings)
+        model.training_step(*make_batches(0), 0)
+        assert asked == [(0.2, 7)]
+
     def test_boxes_that_a_resize_made_thin_stay(self) -> None:
         thin = Says(lambda call, image: [([10.0, 10.0, 10.5, 40.0], 0.9)])
-        mosaic = self.last_previews(thin, erase_patches=None)[1].targets
+        mosaic = self.last_previews(thin)[1].targets
         assert mosaic.count.tolist() == [4]
         assert (mosaic.boxes[0, :, 2] - mosaic.boxes[0, :, 0] < 0.5).all()
 
