@@ -260,7 +260,8 @@ def losses(runs: Sequence[Run]) -> list[Panel | None]:
     """Total loss, every term, learning rate."""
     total = plots.lines("loss", "Total loss", _per_run(runs, lambda run: series(run.train, "loss"), smooth=True))
     terms = [_loss_term(runs, key) for key in loss_keys(runs)]
-    rate = plots.lines("lr", "Learning rate", _per_run(runs, lambda run: series(run.train, "lr")), span=(0, None))
+    note = "Equal curves cover each other." if len(runs) > 1 else ""
+    rate = plots.lines("lr", "Learning rate", _per_run(runs, lambda run: series(run.train, "lr")), span=(0, None), caption=note)
     return [total, *terms, rate]
 
 
