@@ -82,8 +82,8 @@ class TrainConfig(Generic[M]):
     protocol: str = "softteacher"
     # Added to the seed of the draw.
     seed_offset: int = 0
-    # Draw again until every class has a labelled box.
-    cover_classes: bool = False
+    # Draw again until every class has a labelled box; off for the published draws as they are.
+    cover_classes: bool = True
     # COCO json with the truth of the unlabelled images, to measure pseudo labels with; no loss can read it.
     hidden_gt: Path | None = None
     # Damaged annotations are an error instead of a counted warning.

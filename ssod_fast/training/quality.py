@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssod_fast.ops.box_iou import box_iou
@@ -86,6 +87,15 @@ class PseudoQuality:
         for name, values in {**row, "truth_area": sides.prod(1).double().numpy()}.items():
             self._columns[name].append(values)
         self.images += 1
+
+    def gather(self) -> None:
+        """Collects the images of all ranks; each has added its own."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, (self.images, {name: self._column(name) for name in self._columns}))
+        self.images = sum(images for images, _ in shares)
+        self._columns = {name: [columns[name] for _, columns in shares] for name in self._columns}
 
     def result(self) -> dict[str, Any]:
         """All numbers as JSON values; None where nothing is there to divide by."""

@@ -116,6 +116,8 @@ class Referee:
         for name in models:
             self._evaluator(name).gather()
             metrics[name] = self._evaluator(name).compute()
+        if quality is not None:
+            quality.gather()
         self.last = {name: m.to_dict() for name, m in metrics.items()}
         return Verdict(self.last, None if quality is None else quality.result())
 

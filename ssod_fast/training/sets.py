@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ssod_fast.data.coco import read_coco
-from ssod_fast.data.detect import has_split, load_detection_data
+from ssod_fast.data.detect import detect_format, has_split, load_detection_data
 from ssod_fast.data.records import EXAMPLES, DetectionData, ImageRecord, check_same_classes
 from ssod_fast.data.unlabeled import list_images
+from ssod_fast.data.yolo import find_image_folder
 
 from .config import TrainConfig
 from .quality import HiddenTruth
@@ -89,11 +90,35 @@ def _read_val(config: TrainConfig[Any], labeled: DetectionData) -> DetectionData
     if config.val is None and not has_split(config.labeled, "val"):
         return None
     path = config.val or config.labeled
-    val = load_detection_data(path, split="val", strict=config.strict_data)
-    if set(val.classes) == set(labeled.classes) and val.classes != labeled.classes:  # another order is no other set of classes
-        val = load_detection_data(path, split="val", strict=config.strict_data, classes=labeled.classes)
+    val = read_evaluation_set(path, labeled.classes, strict=config.strict_data)
     check_same_classes(labeled, val)
     return val
+
+
+def read_evaluation_set(path: Path, classes: Sequence[str], split: str = "val", strict: bool = False) -> DetectionData:
+    """A labelled set to evaluate on: the part `split` of a folder that has parts, else all of it.
+
+    Its labels follow `classes` where it has the same ones; VOC, which lists no classes, may lack some.
+
+    Raises:
+        ValueError: unusable data.
+        OSError: no such file.
+    """
+    kind = detect_format(path)
+    # A COCO folder without the part is an error that lists its files; a folder of VOC or YOLO without parts is meant as a whole.
+    flat = path.is_dir() and ((kind == "voc" and not (path / "ImageSets").is_dir()) or (kind == "yolo" and _is_flat_yolo(path)))
+    part = None if flat else split
+    data = load_detection_data(path, split=part, strict=strict)
+    same = set(data.classes) == set(classes) or (kind == "voc" and set(data.classes) < set(classes))
+    if same and tuple(data.classes) != tuple(classes):  # another order is no other set of classes
+        data = load_detection_data(path, split=part, strict=strict, classes=classes)
+    return data
+
+
+def _is_flat_yolo(folder: Path) -> bool:
+    return (
+        not any((folder / name).is_file() for name in ("data.yaml", "data.yml")) and find_image_folder(folder, "train") == folder / "images"
+    )
 
 
 def _draw(config: TrainConfig[Any], full: DetectionData) -> tuple[DetectionData, DetectionData, dict[str, Any]]:

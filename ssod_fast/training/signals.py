@@ -11,15 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+AGREE_EVERY = 10  # iterations; agreeing waits for the device
+
 
 class StopSignal:
-    """True once SIGINT or SIGTERM came; the second one leaves at once with 130.
+    """True once SIGINT or SIGTERM came and all ranks know of it; the second signal leaves at once with 130.
 
     It must be active before loader processes start: they inherit its handler and survive a Ctrl-C, which reaches the whole group.
     """
 
     def __init__(self) -> None:
         self.stop = False
+        self._asked = False
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -39,14 +42,17 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a loader process: its parent decides
             return
-        if self.stop:
+        if self._asked:
             os._exit(130)
-        self.stop = True
+        self._asked = True
 
-    def agree(self, device: torch.device) -> None:
-        """Stops all ranks where one of them was told to."""
+    def agree(self, device: torch.device, it: int) -> None:
+        """Takes note of a signal after iteration `it`; with several ranks in every tenth iteration only, in which all of them stop."""
         if not (dist.is_available() and dist.is_initialized()):
+            self.stop = self._asked
             return
-        flag = torch.tensor(float(self.stop), device=device)
+        if it % AGREE_EVERY:
+            return
+        flag = torch.tensor(float(self._asked), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         self.stop = bool(flag.item())

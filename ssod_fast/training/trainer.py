@@ -220,7 +220,7 @@ class Trainer:
                 self._report_progress()
             if self.it % (config.eval_every or 1) == 0 or last:
                 self._evaluate(final=last)
-            stop.agree(self.device)
+            stop.agree(self.device, self.it)
             if self.it % (config.save_every or 1) == 0 or last or stop:
                 self._save()
 
@@ -354,7 +354,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "it": self.it,
-            "model": self.model.state_dict(),
+            "model": self._networks(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "guard": self.guard.state_dict(),
@@ -370,6 +370,12 @@ class Trainer:
         }
         save_last(last_path(self.config.folder), state)
 
+    def _networks(self) -> dict[str, Any]:
+        """Student, teacher and EMA counters, without the method's state: that differs by rank and is saved for each."""
+        state = self.model.state_dict()
+        state["_extra_state"] = {**state["_extra_state"], "method": None}
+        return state
+
     def _load(self, state: dict[str, Any]) -> None:
         """Restores :meth:`_save`."""
         if state["classes"] != self.classes:
@@ -379,7 +385,6 @@ class Trainer:
                 "the annotation file has changed, and other images are drawn as labelled: "
                 f"the checkpoint has the ids {state['split']}, the data now give {self.data.split_hash}"
             )
-        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -394,7 +399,8 @@ class Trainer:
             self.console.warn(
                 f"the run was saved by {len(state['ranks'])} processes and continues with {self.processes}: not exactly the same run"
             )
-        self.model.method.load_state_dict(own["method"])
+        state["model"]["_extra_state"]["method"] = own["method"]
+        self.model.load_state_dict(state["model"])
         self.means.load_state_dict(own["means"])
         self.monitor.load_state_dict(own["monitor"])
         set_rng_state(own["rng"])

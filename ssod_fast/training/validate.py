@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from ssod_fast.data.coco import read_coco
 from ssod_fast.data.loader import EvalLoader
 from ssod_fast.data.records import DetectionData
 from ssod_fast.data.unlabeled import list_images
@@ -18,7 +17,7 @@ from ssod_fast.data.views import ViewConfig
 from .checkpoint import DetectorInfo, find_detector, load_detector
 from .evaluation import CocoEvaluator, CocoMetrics, show
 from .predict import predict_all
-from .sets import DataError
+from .sets import DataError, read_evaluation_set
 from .tree import from_tree
 
 Which = Literal["teacher", "student", "both"]
@@ -86,11 +85,11 @@ def _load(path: Path) -> tuple[torch.nn.Module, DetectorInfo]:
 
 def _read(data: Path, split: str, info: DetectorInfo) -> DetectionData:
     try:
-        val = read_coco(data, split=split)
+        val = read_evaluation_set(data, info.classes, split)
         if set(val.classes) != set(info.classes):
             known, found = ", ".join(info.classes), ", ".join(val.classes)
             raise DataError(f"the detector knows the classes {known}, but {val.source} has {found}: they must be the same")
-        return val if list(val.classes) == info.classes else read_coco(val.source, classes=info.classes)
+        return val
     except DataError:
         raise
     except (ValueError, OSError) as error:

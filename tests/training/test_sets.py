@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_data import CLASSES, write_voc, write_yolo
 
+from ssod_fast.data import load_detection_data
 from ssod_fast.training.config import TrainConfig
-from ssod_fast.training.sets import DataError, load_sets
+from ssod_fast.training.sets import DataError, load_sets, read_evaluation_set
 from ssod_fast.training.tree import ConfigError
 
 from .conftest import MakeConfig
@@ -57,6 +59,24 @@ def test_val_with_classes_in_another_order(make_config: MakeConfig, scenes: Path
     assert other.val.classes == plain.val.classes
     for a, b in zip(plain.val.targets, other.val.targets, strict=True):
         assert torch.equal(a["labels"], b["labels"])
+
+
+def test_flat_voc_folder_is_evaluated_as_a_whole(tmp_path: Path) -> None:
+    whole = write_voc(tmp_path / "a")
+    names = load_detection_data(whole).classes
+    assert read_evaluation_set(whole, names[::-1]).classes == names[::-1]
+    wider = (*names, "zebra")  # a rare class may not occur among the images for evaluation
+    assert read_evaluation_set(whole, wider).classes == wider
+    assert set(read_evaluation_set(whole, ("zebra",)).classes) == set(names)  # the caller compares and refuses
+
+
+def test_flat_yolo_folder_is_evaluated_as_a_whole(tmp_path: Path) -> None:
+    parts = write_yolo(tmp_path / "parts", with_yaml=False)
+    whole = tmp_path / "whole"
+    for kind in ("images", "labels"):
+        shutil.copytree(parts / kind / "train", whole / kind)
+    (whole / "classes.txt").write_text("\n".join(CLASSES))
+    assert len(read_evaluation_set(whole, load_detection_data(whole).classes)) == len(load_detection_data(whole))
 
 
 def test_hidden_truth_is_matched_by_file_name(make_config: MakeConfig, scenes: Path) -> None:
