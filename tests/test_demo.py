@@ -57,7 +57,11 @@ def test_the_same_seed_gives_the_same_numbers(short, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"iters": 0}, "iters must be at least 1, got 0"), ({"percent": 100.0}, "percent must lie in"), ({"batch": (1, 0)}, "batch must hold")],
+    [
+        ({"iters": 0}, "iters must be at least 1, got 0"),
+        ({"percent": 100.0}, "percent must lie in"),
+        ({"batch": (1, 0)}, "batch must hold"),
+    ],
 )
 def test_bad_sizes(change, message):
     with pytest.raises(ValueError, match=message):

@@ -129,17 +129,25 @@ def curve(lines: list[dict[str, Any]], method: str, seed: int) -> Iterator[dict[
             if line.get(network):
                 row = {"method": method, "seed": seed, "it": line["it"], "network": network}
                 row |= {name: f"{line[network][name]:.5f}" for name in METRICS}
-                row |= {name: found.get(name, "") for name in ("precision", "recall", "mean_iou", "kept_per_image")}
+                row |= {f"AP50 {name}": f"{value:.5f}" for name, value in line[network]["per_class50"].items()}
+                row |= {f"pseudo {name}": rounded(found.get(name)) for name in ("precision", "recall", "mean_iou", "kept_per_image")}
+                classes = found.get("per_class", {})
+                row |= {f"pseudo recall {name}": rounded(classes.get(name, {}).get("recall")) for name in line[network]["per_class50"]}
                 yield row
+
+
+def rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds, and MixPL's margin per seed."""
-    lines = ["| run | network | seeds | " + " | ".join(METRICS) + " |", "|---|---|---|" + "---|" * len(METRICS)]
+    columns = [*METRICS, *(name for name in rows[0] if name.startswith("AP50 "))]
+    lines = ["| run | network | seeds | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for method in METHODS:
         for network in ("student", "teacher"):
             mine = [r for r in rows if r["method"] == method and r["network"] == network]
-            cells = [spread([100 * float(r[name]) for r in mine]) for name in METRICS]
+            cells = [spread([100 * float(r[name]) for r in mine]) for name in columns]
             shown = "moving average" if network == "teacher" else network
             lines.append(f"| {method} | {shown} | {len(mine)} | " + " | ".join(cells) + " |")
     for name in ("AP", "AP50"):
