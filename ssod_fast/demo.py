@@ -157,7 +157,7 @@ def training_config(root: Path, method: str, seed: int, config: DemoConfig) -> T
         device="cpu",
         seed=seed,
         threads=config.threads,
-        workers=0,  # decoded scenes stay in memory; processes would fight with the computation for two cores
+        workers=1,  # makes the views on the second core while the first one computes; changes no number
         percent=config.percent,
         fold=seed + 1,
         cover_classes=True,

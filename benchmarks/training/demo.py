@@ -57,7 +57,15 @@ def points(rows: list[dict[str, Any]], method: str, network: str, metric: str) -
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the seeds, and MixPL's margin for each seed: both averaged models, and both models without averaging."""
-    lines = ["| run | network | seeds | " + " | ".join(METRICS) + " | seconds |", "|---|---|---|" + "---|" * (len(METRICS) + 1)]
+    first = rows[0]
+    lines = [
+        f"Synthetic scenes, {first['labeled']} of {first['images']} training images labelled, {first['iters']} steps,",
+        f"CPU, {first['threads']} thread of computation.",
+        "Teacher: the running average of the weights, which the baseline has, too. Mean ± standard deviation over the seeds, in percent.",
+        "",
+        "| run | network | seeds | " + " | ".join(METRICS) + " | seconds |",
+        "|---|---|---|" + "---|" * (len(METRICS) + 1),
+    ]
     for method, network in NETWORKS:
         cells = [spread(points(rows, method, network, metric)) for metric in METRICS]
         seconds = [float(row["seconds"]) for row in rows if row["method"] == method]
