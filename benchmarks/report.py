@@ -23,7 +23,7 @@ inputs; a time is the median over rounds, with the 20th and 80th percentiles in 
 call included. *Limit* is the share of the memory bandwidth, measured in the same run, that the compulsory bytes of the case make up
 in our time: values above 100 % mean that the data stays in a cache. *Peak* is the memory that one call adds, its result included,
 and for ours what the case allows. Timings on a GPU: `wall` is the host clock around eager calls, `event` is CUDA events around eager
-calls, `graph` is CUDA-graph replay.
+calls, `graph` is CUDA-graph replay. Training runs are in [TRAINING.md](TRAINING.md).
 """
 
 
@@ -99,7 +99,8 @@ def missed_line(record: Record) -> str:
     """What was wanted and what was got."""
     case = f"{record['op']}, {record['mode']}, {record['shape']}, {record['inputs']}, {record['timing']}"
     if record["provider"] != OURS:
-        return f"{case}: {float(record['ratio']):.1f}x against {record['provider']}, wanted {float(record['target_ratio']):g}x"
+        missed = f"{case}: {float(record['ratio']):.1f}x against {record['provider']}, wanted {float(record['target_ratio']):g}x"
+        return f"{missed}. {record['note']}" if record["note"] else missed
     wanted = []
     if record["ceiling_us"]:
         wanted.append(f"{time_text(record['median_us'])} where at most {time_text(record['ceiling_us'])} was wanted")

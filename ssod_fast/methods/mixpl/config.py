@@ -21,7 +21,9 @@ class MixPLConfig:
     # square root torchvision takes: 0.55 there). It also is the only burn-in of the official recipe: while one image of the batch has no
     # box above it, the unsupervised loss is shut.
     cls_pseudo_thr: float = 0.7
+    # Weight of the labelled loss.
     sup_weight: float = 1.0
+    # Weight of the unlabelled losses.
     unsup_weight: float = 2.0
     # On top of unsup_weight: the mosaic counts 0.5 * 2 = 1.
     mosaic_weight: float = 0.5
@@ -30,6 +32,7 @@ class MixPLConfig:
     # "sum": open if the batch keeps that many altogether (mmdetection's base class); small or rare objects shut it less often.
     # "per_image": images below leave the batch, which the host has to wait for.
     gate: Literal["batch_min", "sum", "per_image"] = "batch_min"
+    # Boxes that the gate asks for.
     least_num: int = 1
     # Leaves a shut branch out instead of multiplying it by 0. Saves time early on, but the host waits for the gate, trainable batch norm
     # notices, and ranks of a distributed run would disagree: not allowed there.
@@ -37,8 +40,11 @@ class MixPLConfig:
 
     # Unlabelled images per step and process. The cache holds this many mixup partners and 4 tiles: 8 in the official 4 + 4.
     unlabeled_batch: int = 4
+    # Images that are kept for mixing; none: unlabeled_batch + 4, the least that is possible.
     cache_size: int | None = None
+    # Mix every unlabelled image with one of the cache.
     mixup: bool = True
+    # Mosaics of 4 cached images; 0 switches them off.
     mosaics_per_step: int = 1
     # Bounds (height, width) of a mosaic tile, upper end excluded. Scale them with the view sizes: these belong to short sides of 400-1200.
     mosaic_shape: tuple[tuple[int, int], tuple[int, int]] = ((400, 400), (800, 800))
@@ -47,18 +53,23 @@ class MixPLConfig:
     # "nearest" made the published numbers, because a scale without a mode means nearest; "bilinear" (antialiased where an image shrinks)
     # looks better and differs by 8 to 17 grey levels on average when shrinking to half.
     interp: Literal["nearest", "bilinear"] = "nearest"
+    # "scale_factor" rounds a size down, so that it may miss its target by a pixel (official); "size" hits it.
     resize: Literal["scale_factor", "size"] = "scale_factor"
 
     # Patches per image, upper end excluded; None switches erasing off.
     erase_patches: tuple[int, int] | None = (1, 20)
+    # Bounds of a patch side as a share of the image side.
     erase_ratio: tuple[float, float] = (0.0, 0.1)
+    # Boxes with at least this share of their area erased are dropped.
     erase_thr: float = 0.7
     # "sum" counts overlapping patches twice (official), "union" once.
     erase_overlap: Literal["sum", "union"] = "sum"
 
     # Of the teacher's raw boxes: what FCOS and TOOD test with in the released configs.
     teacher_score_thr: float = 0.05
+    # Most boxes of the teacher per image.
     teacher_topk: int = 100
+    # Pseudo boxes must be wider and higher than this, in pixels of the strong view.
     min_pseudo_bbox_wh: float = 1e-2
 
     # Iterations on labelled images alone, at whose end the teacher becomes the student. Officially none; it helps where the labelled set
@@ -71,6 +82,7 @@ class MixPLConfig:
 
     # "numpy_legacy" draws what NumPy's legacy generator would give the official code; "philox" is faster.
     rng: Literal["philox", "numpy_legacy"] = "philox"
+    # Of the mixing; the command line takes the seed of the run.
     seed: int = 0
 
     def __post_init__(self) -> None:
