@@ -143,8 +143,10 @@ void merge_parts(const std::vector<T>& sums, int64_t parts, int64_t cols, Format
 template <Mode mode, bool zero, bool nan_zero, typename T>
 void run(const Problem<T>& p, int64_t cols, T* out2) {
   constexpr int64_t kPairsPerPart = 1 << 17, kMaxParts = 16;
-  const int64_t rows = p.set1.rows.count;
-  const int64_t parts = std::clamp<int64_t>(rows * mean_columns(p.groups, rows) / kPairsPerPart, 1, kMaxParts);
+  constexpr int64_t kRowsPerPart = 8;  // the column sums of all parts then hold half a value per pair at most
+  const int64_t rows = p.set1.rows.count, pairs = rows * mean_columns(p.groups, rows);
+  const int64_t most = std::clamp<int64_t>(rows / kRowsPerPart, 1, kMaxParts);
+  const int64_t parts = std::clamp<int64_t>(pairs / kPairsPerPart, 1, most);
   std::vector<T> column_sums(parts * 4 * cols);
   parallel_rows(parts, kPairsPerPart, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {

@@ -46,7 +46,7 @@ def box_iou(
         eps: by default 1e-7 for "none" (DIoU and CIoU only) and "add", 1e-6 for "max".
         nan: "propagate" keeps NaN of pairs with a box that is not finite, "zero" turns them into 0.
         dtype: dtype of the result; by default float64 if either input is float64, else float32.
-        out: contiguous tensor to write to; no input may require grad then.
+        out: contiguous tensor to write to, which shares no memory with the boxes; no input may require grad then.
 
     Returns:
         [..., N, M].
@@ -148,10 +148,22 @@ def _into(boxes1: Tensor, boxes2: Tensor, rule: Rule, nan_zero: bool, dtype: tor
             f"out must be a contiguous {dtype} tensor of shape {shape} on {boxes1.device}, "
             f"got a {layout} {out.dtype} tensor of shape {list(out.shape)} on {out.device}"
         )
+    if not torch.compiler.is_compiling() and (_overlap_in_memory(out, boxes1) or _overlap_in_memory(out, boxes2)):
+        raise ValueError("out must not share memory with boxes1 or boxes2, which are read while it is written")
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad or out.requires_grad):
         raise ValueError("out cannot be used when boxes1, boxes2 or out require grad: drop out or detach the boxes")
     _out(boxes1, boxes2, *rule, nan_zero, out)
     return out
+
+
+def _overlap_in_memory(out: Tensor, boxes: Tensor) -> bool:
+    """Whether a contiguous tensor and the span of another lie in the same bytes of one storage."""
+    one_storage = torch._C._is_alias_of(out, boxes)  # type: ignore[attr-defined]
+    if out.numel() == 0 or boxes.numel() == 0 or not one_storage:
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(boxes.shape, boxes.stride(), strict=True))
+    begin1, begin2 = out.storage_offset() * out.element_size(), boxes.storage_offset() * boxes.element_size()
+    return begin1 < begin2 + span * boxes.element_size() and begin2 < begin1 + out.numel() * out.element_size()
 
 
 def _reference(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torchvision.ops as tv
 from box_cases import DEVICES, FORMATS, GOLDEN, GOLDEN_MODES, MODES, A, integer_boxes, random_boxes, rules, valid_boxes
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -165,6 +167,18 @@ def test_out_errors() -> None:
         box_iou(boxes.requires_grad_(), boxes, out=torch.empty(3, 3))
 
 
+def test_out_must_not_overlap_the_boxes_in_memory() -> None:
+    workspace = torch.empty(2, 200, 4)
+    boxes, others, out = workspace[0].copy_(valid_boxes(200)), valid_boxes(4, seed=1), workspace[1]
+    expected = box_iou(boxes, others)
+    assert torch.equal(box_iou(boxes, others, out=out), expected)  # side by side in one storage is fine
+    with pytest.raises(ValueError, match="out must not share memory with boxes1 or boxes2"):
+        box_iou(boxes, others, out=workspace.view(400, 4)[1:201])
+    square = others.clone()
+    with pytest.raises(ValueError, match="out must not share memory"):
+        box_iou(boxes[:4], square, out=square)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -311,6 +325,23 @@ def test_gradient_does_not_depend_on_threads() -> None:
         results.append(torch.autograd.grad(box_iou(boxes1, boxes2, mode="giou").sum(), (boxes1, boxes2)))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradient_of_few_rows_and_many_columns_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peak_bytes = importlib.import_module("machine").peak_bytes
+    boxes1, boxes2 = valid_boxes(4).requires_grad_(), valid_boxes(200_000, seed=1).requires_grad_()
+    grad = torch.rand(4, 200_000)
+    result = box_iou(boxes1, boxes2, mode="giou")
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(result, (boxes1, boxes2), grad, retain_graph=True)
+
+    parts = zip(boxes2.split(1000), grad.split(1000, 1), strict=True)
+    few = [torch.autograd.grad(box_iou(boxes1, part, mode="giou"), boxes1, g) for part, g in parts]
+    torch.testing.assert_close(backward()[0], torch.stack([g for (g,) in few]).sum(0), rtol=1e-4, atol=1e-4)
+    peak = peak_bytes(backward, torch.device("cpu"))
+    assert peak is None or peak < 16 * 2**20  # planes, sums and gradients take 11 MiB; column sums for each of six parts take 16 more
 
 
 def test_double_backward_is_refused() -> None:
