@@ -147,7 +147,8 @@ def cache_write(ring: Tensor, images: Sequence[Tensor], slots: Sequence[int]) ->
         slots: the rows to write, all different.
 
     Raises:
-        ValueError: for a ring that is not 2-D and contiguous, an image that does not fit, a slot outside the ring or given twice.
+        ValueError: for a ring that is not 2-D and contiguous, an image that is not 3-D or does not fit, a slot outside the ring or given
+            twice.
         TypeError: for another dtype than the ring's.
     """
     if ring.dim() != 2 or not ring.is_contiguous():
@@ -158,7 +159,9 @@ def cache_write(ring: Tensor, images: Sequence[Tensor], slots: Sequence[int]) ->
         raise ValueError(f"slots must be different numbers in [0, {ring.shape[0]}), got {list(slots)}")
     if not images:
         return
-    chw, _ = _check_sources(list(images), None)
+    chw, sizes = _check_sources(list(images), None)
+    if sizes is not None:  # a dense block would pass for one image here
+        raise ValueError(f"images must be [3, h, w] or [h, w, 3], got images[0] {list(images[0].shape)}")
     for i, image in enumerate(chw):
         if image.dtype != ring.dtype or image.device != ring.device:
             raise TypeError(f"images[{i}] must be {ring.dtype} on {ring.device} like the ring, got {image.dtype} on {image.device}")

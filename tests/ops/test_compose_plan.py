@@ -145,6 +145,12 @@ def test_a_block_needs_no_sizes() -> None:
         (ValueError, "slots must be different numbers in [0, 3), got [1, 1]", [GOOD, GOOD], [1, 1]),
         (ValueError, "slots must be different numbers in [0, 3), got [3]", [GOOD], [3]),
         (ValueError, "images[0] has 243 values, but a slot of the ring holds 192", [torch.zeros(3, 9, 9, dtype=torch.uint8)], [0]),
+        (
+            ValueError,
+            "images must be [3, h, w] or [h, w, 3], got images[0] [2, 3, 4, 4]",
+            [torch.zeros(2, 3, 4, 4, dtype=torch.uint8)],
+            [0],
+        ),
         (TypeError, "images[0] must be torch.uint8 on cpu like the ring, got torch.float32 on cpu", [GOOD.float()], [0]),
     ],
 )
