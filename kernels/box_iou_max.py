@@ -65,11 +65,11 @@ def box_iou_max_kernel(
             value = overlap(theirs, mine, MODE, EPS_MODE, EPS)
         else:
             value = overlap(mine, theirs, MODE, EPS_MODE, EPS)
-        pairs = pairs & (value == value)  # NaN is nobody's best partner
+        pairs = pairs & (value > float("-inf"))  # neither NaN nor -inf is anybody's best partner
         value = tl.where(pairs, value, float("-inf"))
         top = tl.max(value, axis=1)
         found = tl.min(tl.where(pairs & (value == top[:, None]), i_other, n_others), axis=1)  # ties: the lowest index
-        better = (found < n_others) & ((top > best) | (where < 0))
+        better = top > best
         best, where = tl.where(better, top, best), tl.where(better, found, where)
         start += COLUMNS
     none = where < 0

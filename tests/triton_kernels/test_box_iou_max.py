@@ -65,6 +65,13 @@ def test_nan_is_skipped_and_nothing_left_gives_minus_one() -> None:
     assert values2[0] == 0
 
 
+def test_minus_infinity_is_nobodys_best_partner() -> None:
+    inverted = torch.tensor([[5.0, 0.0, 3.0, 2.0]], device=DEVICE)  # without a guard its GIoU with itself is 0 - 8 / 0
+    values1, indices1, _, _ = compare(inverted, inverted.expand(2, 4), make_rule("giou", "xyxy", "none", None))
+    assert values1.tolist() == [0]
+    assert indices1.tolist() == [-1]
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)], ids=str)
 def test_empty(sizes: tuple[int, int]) -> None:
     values1, indices1, values2, indices2 = compare(real_boxes(2, sizes[0]), real_boxes(2, sizes[1]), IOU)
