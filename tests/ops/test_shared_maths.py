@@ -9,7 +9,6 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import pytest
 import torch
 from box_cases import GOLDEN, GOLDEN_GRADS, GOLDEN_MODES, MODES, A, random_boxes, rules
@@ -22,6 +21,8 @@ from ssod_fast.ops._boxes import Rule, make_rule
 @pytest.fixture(scope="module")
 def maths(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The compiled module, built with the flags that the package is built with."""
+    import pybind11  # here, so that the GPU tests beside this file are collected without it
+
     library = Path(tmp_path_factory.mktemp("shared_maths")) / f"shared_maths{sysconfig.get_config_var('EXT_SUFFIX')}"
     source = ROOT / "tests" / "cpp" / "shared_maths.cpp"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
