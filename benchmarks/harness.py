@@ -39,7 +39,8 @@ class Case:
         peak_limit: memory in bytes that one call of ours may add at its peak; the peers are measured too.
         target_timing: which GPU timing the targets and `ceiling_us` are about.
         wall_ceiling_us: our eager wall time on a GPU, host overhead included, must not exceed this.
-        eager_only: providers that synchronise with the host and can therefore not be captured in a CUDA graph.
+        eager_only: providers that a CUDA graph cannot capture: they synchronise with the host or upload from it. With ours among them
+            there is no graph timing.
     """
 
     op: str
@@ -310,6 +311,13 @@ def rows_of(case: Case, timing: str, samples: Mapping[str, list[float]], peaks: 
     return rows
 
 
+def timings_of(case: Case, kind: str) -> tuple[str, ...]:
+    """The kinds of timing that a case has on one kind of device."""
+    if kind == "cpu":
+        return ("wall",)
+    return ("wall", "event") if OURS in case.eager_only else ("wall", "event", "graph")
+
+
 def run_case(case: Case, machine: Machine, effort: Effort) -> list[Row]:
     """Gate, peak memory, then every kind of timing that the device has."""
     if next(iter(case.providers)) != OURS:
@@ -322,7 +330,7 @@ def run_case(case: Case, machine: Machine, effort: Effort) -> list[Row]:
         call()
     peaks = measure_peaks(case, device)
     rows: list[Row] = []
-    for timing in ("wall",) if machine.kind == "cpu" else ("wall", "event", "graph"):
+    for timing in timings_of(case, machine.kind):
         samples = interleave(build_samplers(case, timing, device), effort)
         rows += rows_of(case, timing, samples, peaks, machine)
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_sync import SyncError, no_sync
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXAS = """\
@@ -104,6 +105,36 @@ def test_every_gpu_timing() -> None:
     graph = {row.provider: row for row in rows if row.timing == "graph"}
     assert graph["peer"].median_us > graph["ours"].median_us > 0
     assert graph["peer"].verdict == "met"
+
+
+def gpu_cases() -> list[Any]:
+    """What a GPU times, built on the CPU with small shapes where there are some."""
+    cpu, builders = torch.device("cpu"), {stem: load("run").load(stem) for stem in load("run").available()}
+    compose = builders.pop("compose").__globals__
+    cases = [case for stem, builder in builders.items() for case in builder.__globals__.get("gpu_cases", builder)(cpu, True)]
+    return [*cases, compose["mix_case"]("mosaic bilinear", compose["mosaic"](), 4, compose["SOURCE"], "bilinear", cpu, dense=True)]
+
+
+def test_what_a_cuda_graph_captures_never_syncs() -> None:
+    cases = gpu_cases()
+    for case in cases:
+        case.check()
+        unguarded = {*case.eager_only, *(["ours"] if case.op == "compose" else [])}  # compose reads sizes that lie on the host, as here
+        for name, call in case.providers.items():
+            if name not in unguarded:
+                with no_sync():
+                    call()
+    losses = [case.providers["torchvision loss"] for case in cases if "torchvision loss" in case.eager_only]
+    with pytest.raises(SyncError), no_sync():
+        losses[0]()
+
+
+def test_no_graph_timing_without_ours() -> None:
+    harness = load("harness")
+    assert harness.timings_of(fake_case(), "cuda") == ("wall", "event", "graph")
+    assert harness.timings_of(fake_case(eager_only=("peer",)), "cuda") == ("wall", "event", "graph")
+    assert harness.timings_of(fake_case(eager_only=("ours",)), "cuda") == ("wall", "event")
+    assert harness.timings_of(fake_case(), "cpu") == ("wall",)
 
 
 def test_peak_counts_temporaries() -> None:

@@ -63,6 +63,7 @@ def paired_case(
         ceiling_us=ceiling,
         wall_ceiling_us=wall_ceiling,
         note="gradient to the predicted boxes; the loss is summed" if backward else "",
+        eager_only=(LOSS,),  # it indexes with a mask
     )
 
 
