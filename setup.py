@@ -77,7 +77,8 @@ def extensions() -> tuple[list, dict]:
         )
     ]
     if home is not None:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
+        # An empty list counts as none: torch would look for a GPU then, and fail without one.
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHS)
         shown = "_".join(archs.replace(";", " ").split())  # a macro cannot hold the semicolons
         mods.append(
             CUDAExtension(

@@ -51,6 +51,30 @@ def test_wheel_contents(wheel: Path) -> None:
     assert top == {"ssod_fast", next(t for t in top if t.endswith(".dist-info"))}
 
 
+def setup_output(code: str, **env: str) -> str:
+    """What `code` prints after setup.py has handed its arguments over as `arguments`; stderr where it exits."""
+    probe = f"import os, runpy, setuptools\narguments = {{}}\nsetuptools.setup = arguments.update\nrunpy.run_path('setup.py')\n{code}"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else done.stderr
+
+
+def test_kinds_of_build() -> None:
+    names = "print([e.name for e in arguments['ext_modules']])"
+    assert setup_output(names, SSOD_FAST_BUILD="none") == "[]\n"
+    assert setup_output(names, SSOD_FAST_BUILD="cpu") == "['ssod_fast._C']\n"
+    assert "SSOD_FAST_BUILD must be auto, cuda, cpu or none, got 'gpu'" in setup_output(names, SSOD_FAST_BUILD="gpu")
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "8.0;9.0+PTX"), ("9.0", "9.0")])
+def test_architectures(given: str, used: str, tmp_path: Path) -> None:
+    for path in ("include/cuda_runtime.h", "bin/nvcc"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    code = "print([e.name for e in arguments['ext_modules']], os.environ['TORCH_CUDA_ARCH_LIST'])"
+    output = setup_output(code, SSOD_FAST_BUILD="cuda", CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST=given)
+    assert output == f"['ssod_fast._C', 'ssod_fast._C_cuda'] {used}\n"
+
+
 def test_source_distribution_can_build(tmp_path: Path) -> None:
     run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)], cwd=ROOT, SSOD_FAST_BUILD="none")
     (path,) = tmp_path.glob("*.tar.gz")
