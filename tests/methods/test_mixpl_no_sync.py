@@ -18,6 +18,7 @@ from ssod_fast.methods.step import LossBook
 from ssod_fast.structures import PaddedTargets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # where a GPU is, these are tests of it
 
 
 class ListOnly(TinyDetector):
