@@ -1,10 +1,12 @@
 """Build of ssod_fast: two stable-ABI extension modules, `_C` (CPU) and `_C_cuda`.
 
-SSOD_FAST_BUILD   auto (default) builds CUDA when a toolkit is found; cuda insists on it; cpu never builds it; none builds no extension.
+SSOD_FAST_BUILD   auto (default) builds CUDA when a toolkit that fits torch is found; cuda insists on it; cpu never builds it; none builds
+                  no extension.
 TORCH_CUDA_ARCH_LIST, where set, replaces our own list of GPU architectures.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -36,6 +38,20 @@ def find_cuda_home() -> Path | None:
     return None
 
 
+def misfit(home: Path) -> str | None:
+    """Why torch cannot be extended with this toolkit, or None if it can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    header = home / "include" / "cuda_runtime_api.h"
+    found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text()) if header.is_file() else None
+    major = int(found[1]) // 1000 if found else None
+    if major != int(torch.version.cuda.split(".")[0]):
+        return f"it is CUDA {major or 'of unknown version'}, torch is built with CUDA {torch.version.cuda}"
+    return None
+
+
 def sources(folder: str, pattern: str) -> list[str]:
     """Paths of one backend's files, relative to the root, in a stable order."""
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / folder).glob(pattern))
@@ -59,6 +75,9 @@ def extensions() -> tuple[list, dict]:
         raise SystemExit(
             "SSOD_FAST_BUILD=cuda, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds include/cuda_runtime.h"
         )
+    if kind == "auto" and home is not None and (reason := misfit(home)):
+        print(f"ssod_fast: no CUDA kernels, the toolkit in {home} does not fit: {reason}")
+        home = None
     if home is not None:
         os.environ["CUDA_HOME"] = str(home)  # before torch.utils.cpp_extension makes its own guess
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = "import sys, ssod_fast, ssod_fast.kernels as k; print(ssod_fast.__file__); print(k.__file__); assert 'kernels' not in sys.modules"
@@ -73,6 +74,20 @@ def test_architectures(given: str, used: str, tmp_path: Path) -> None:
     code = "print([e.name for e in arguments['ext_modules']], os.environ['TORCH_CUDA_ARCH_LIST'])"
     output = setup_output(code, SSOD_FAST_BUILD="cuda", CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST=given)
     assert output == f"['ssod_fast._C', 'ssod_fast._C_cuda'] {used}\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"), [("#define CUDART_VERSION 9020\n", "it is CUDA 9, torch"), ("", "it is CUDA of unknown version")]
+)
+def test_a_toolkit_that_does_not_fit_torch_is_left_alone(header: str, reason: str, tmp_path: Path) -> None:
+    for path, text in (("include/cuda_runtime.h", ""), ("bin/nvcc", ""), ("include/cuda_runtime_api.h", header)):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    output = setup_output("print([e.name for e in arguments['ext_modules']])", SSOD_FAST_BUILD="auto", CUDA_HOME=str(tmp_path))
+    if torch.version.cuda is None:
+        reason = "this torch is built without CUDA"
+    assert f"ssod_fast: no CUDA kernels, the toolkit in {tmp_path} does not fit: {reason}" in output
+    assert output.endswith("['ssod_fast._C']\n")
 
 
 def test_source_distribution_can_build(tmp_path: Path) -> None:
