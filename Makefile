@@ -17,7 +17,7 @@ demo: .venv/.built
 	.venv/bin/ssod-fast demo
 
 test: .venv/.built .venv/.dev
-	.venv/bin/python -m pytest tests $(PYTEST_ARGS)
+	.venv/bin/pytest tests $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -33,13 +33,13 @@ format: .venv/.dev
 bench: .venv/.built .venv/.dev
 	.venv/bin/python benchmarks/run.py --device cpu
 
-# The link keeps the repository root, where a folder called kernels lies, off sys.path.
+# The link and the safe path keep the repository root, where a folder called kernels lies, off sys.path.
 gpu:
 	SSOD_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
 	  $(PYTHON) setup.py build_ext --inplace
 	mkdir -p build/site && ln -sfn ../../ssod_fast build/site/ssod_fast
 	PYTHONPATH=build/site $(PYTHON) -m ssod_fast.ops
-	PYTHONPATH=build/site $(PYTHON) -m pytest -m gpu tests/ops tests/triton_kernels tests/detectors tests/methods -q
+	PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON) -m pytest -m gpu tests/ops tests/triton_kernels tests/detectors tests/methods -q
 	PYTHONPATH=build/site $(PYTHON) benchmarks/run.py --device cuda --out $(or $(OUT),benchmarks/results)
 
 # Stamps: a second call starts at once.
