@@ -36,11 +36,13 @@ class DemoConfig:
     iters: int = 1600
     # Labelled and unlabelled images per step.
     batch: tuple[int, int] = (4, 4)
+    # Learning rate of either run.
     lr: float = 2e-3
     # Of the computation. Pictures of this size give a second core little to do, and on a busy machine threads wait for each other.
     threads: int = 1
     # Evaluations of a run.
     evaluations: int = 5
+    # Unlabelled images whose boxes the report shows.
     preview_images: int = 8
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ class ValOptions:
 
     # Run folder, or one of its best_*.safetensors.
     checkpoint: Positional[Path]
-    # COCO json, or a folder that holds one.
+    # COCO json, YOLO data.yaml, or a COCO, YOLO or VOC folder.
     data: Positional[Path]
     # Models of a run folder.
     which: Which = "both"

@@ -58,8 +58,8 @@ class ViewConfig:
     max_side: int = 1333  # the long side never exceeds this, whatever the short side asks for
     test_short_side: int = 800  # with max_side: the usual (1333, 800) test scale of COCO
     flip: float = 0.5  # probability of a horizontal flip
-    colour_ops: tuple[str, ...] = tuple(COLOUR_OPS)  # one of them for labelled and strong views; () for none
-    geometric_ops: tuple[str, ...] = tuple(GEOMETRIC_OPS)  # one of them for strong views; () for none
+    colour_ops: tuple[str, ...] = tuple(COLOUR_OPS)  # one of them for labelled and strong views; no name for none
+    geometric_ops: tuple[str, ...] = tuple(GEOMETRIC_OPS)  # one of them for strong views; no name for none
     rotate_degrees: float = 30.0  # largest angle either way
     shear_degrees: float = 30.0  # largest angle either way
     translate: float = 0.1  # largest shift as a share of the side

@@ -31,7 +31,7 @@ FREE_KEYS = ("out", "name", "resume", "overwrite", "dry_run", "workers", "cache_
 class TrainConfig(Generic[M]):
     """Trains a detector on labelled images, and with a semi-supervised method on unlabelled ones too."""
 
-    # Labelled set: a COCO json, or a folder that holds one (its train split where it has several).
+    # Labelled set: a COCO json, a YOLO data.yaml, or a COCO, YOLO or VOC folder (its train split where it has several).
     labeled: Positional[Path]
     # Options of the method; --method NAME chooses which.
     method: M
@@ -112,7 +112,7 @@ class TrainConfig(Generic[M]):
     resume: Literal["auto", "yes", "no"] = "auto"
     # Delete the run folder's earlier run.
     overwrite: bool = False
-    # Build everything, run one step, print memory and estimated time.
+    # Build everything, run two steps, print estimated time and, on a GPU, memory; write nothing.
     dry_run: bool = False
     # Write report.html at the end.
     report: bool = True
