@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import torch
+
 from ssod_fast.data.records import ImageRecord
 from ssod_fast.training.console import Console, clock, eval_line, live_line, table
 from ssod_fast.training.evaluation import STAT_NAMES
@@ -80,6 +82,8 @@ def test_first_signal_waits_and_the_handler_is_put_back() -> None:
     with StopSignal() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)
+        assert not stop  # until the loop asks for it, so that no rank leaves the others behind
+        stop.agree(torch.device("cpu"), it=1)
         assert stop
     assert signal.getsignal(signal.SIGINT) is before
 
