@@ -39,8 +39,10 @@ gpu:
 	  $(PYTHON) setup.py build_ext --inplace
 	mkdir -p build/site && ln -sfn ../../ssod_fast build/site/ssod_fast
 	PYTHONPATH=build/site $(PYTHON) -m ssod_fast.ops
-	PYTHONSAFEPATH=1 PYTHONPATH=build/site $(PYTHON) -m pytest -m gpu tests/ops tests/triton_kernels tests/detectors tests/methods -q
-	PYTHONPATH=build/site $(PYTHON) benchmarks/run.py --device cuda --out $(or $(OUT),benchmarks/results)
+	status=0; export PYTHONSAFEPATH=1 PYTHONPATH=build/site; \
+	$(PYTHON) -m pytest -m gpu tests/ops tests/triton_kernels tests/detectors tests/methods -q || status=$$?; \
+	PYTHONSAFEPATH= $(PYTHON) benchmarks/run.py --device cuda --out $(or $(OUT),benchmarks/results) || status=$$?; \
+	exit $$status
 
 # Stamps: a second call starts at once.
 .venv/.base:
