@@ -9,11 +9,12 @@
 PYTHON ?= python3
 TORCH  ?= torch==2.11.0 torchvision==0.26.0
 PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet
+BUILD  := .venv/bin/python setup.py --quiet build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
 CSRC   := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .PHONY: demo test lint format bench gpu clean
 
-demo: .venv/.built
+demo: .venv/.built-cpu
 	.venv/bin/ssod-fast demo
 
 test: .venv/.built .venv/.dev
@@ -60,9 +61,16 @@ gpu:
 	SSOD_FAST_BUILD=none $(PIP) --no-build-isolation -e ".[train,dev]"
 	@touch $@
 
-.venv/.built: .venv/.installed $(CSRC)
-	.venv/bin/python setup.py --quiet build_ext --inplace
+# The demo needs no CUDA kernels, which take longer to compile than all the rest.
+.venv/.built-cpu: .venv/.installed $(CSRC)
+	@echo "building the CPU kernels"
+	@SSOD_FAST_BUILD=cpu $(BUILD)
 	@touch $@
+
+.venv/.built: .venv/.installed $(CSRC)
+	@echo "building the CPU kernels, and the CUDA kernels where a toolkit is found"
+	@$(BUILD)
+	@touch .venv/.built-cpu $@
 
 clean:
 	rm -rf .venv build dist runs *.egg-info ssod_fast/*.so
