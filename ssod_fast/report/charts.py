@@ -27,14 +27,24 @@ class Section:
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """All figures that the data of the runs allows, in reading order; sections without a figure are left out."""
+    stand_in = _stand_in(runs)
     plan = [
         ("Accuracy", "Average precision on the validation images, in percent. Solid: teacher, dashed: student.", accuracy(runs)),
-        ("Pseudo labels over time", "What the teacher tells the student about the unlabelled images.", pseudo_over_time(runs)),
-        ("Pseudo labels in detail", "State at the last evaluation that was logged.", pseudo_detail(runs)),
+        ("Pseudo labels over time", f"What the teacher tells the student about the unlabelled images.{stand_in}", pseudo_over_time(runs)),
+        ("Pseudo labels in detail", f"State at the last evaluation that was logged.{stand_in}", pseudo_detail(runs)),
         ("Losses and learning rate", "Pale: as logged, full: running mean.", losses(runs)),
         ("Time", "Where a training step spends its time.", time_panels(runs)),
     ]
     return [Section(title, intro, [p for p in panels if p]) for title, intro, panels in plan if any(panels)]
+
+
+def _stand_in(runs: Sequence[Run]) -> str:
+    """A sentence on what the pseudo labels were judged by, where that is not the unlabelled images themselves."""
+    judged = [run for _, run in _semi(runs) if run.quality]
+    proxies = [run.label for run in judged if not run.knows_hidden_truth]
+    whose = "" if len(proxies) == len(judged) else f" of {', '.join(proxies)}"
+    text = f" The truth of the unlabelled images{whose} is unknown: precision, recall and true objects are those of the validation images,"
+    return f"{text} as a stand-in." if proxies else ""
 
 
 def percent(curve: Series) -> Series:
@@ -202,7 +212,8 @@ def _size_recall(described: list[tuple[int, Run]]) -> Panel | None:
     return plots.bars("size_recall", "Recall of kept boxes by object size", SIZES, groups, xlabel="recall")
 
 
-def _last_per_class(run: Run) -> Json:
+def last_per_class(run: Run) -> Json:
+    """Pseudo-label quality of every class when it was last measured, empty if never."""
     return next((line["per_class"] for line in reversed(run.quality) if line.get("per_class")), {})
 
 
@@ -225,7 +236,7 @@ def _entry(table: Json, name: str, key: str) -> float:
 
 
 def _tail(index: int, run: Run, count: int) -> Panel | None:
-    table = _last_per_class(run)
+    table = last_per_class(run)
     names = _tail_classes(table)
     groups = [
         Bars("true objects", [_entry(table, name, "truth") for name in names], -1),
@@ -238,7 +249,7 @@ def _tail(index: int, run: Run, count: int) -> Panel | None:
 
 
 def _class_quality(index: int, run: Run, count: int) -> Panel | None:
-    table = _last_per_class(run)
+    table = last_per_class(run)
     names = _tail_classes(table)
     groups = [
         Bars("recall", [_entry(table, name, "recall") for name in names], index, "D"),

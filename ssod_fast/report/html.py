@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,14 +106,13 @@ def _left_out(count: int) -> str:
 
 
 _FED = "Inputs of the losses exactly as they entered, with their boxes."
-_SWITCHES = "".join(
-    f'<label><input type="checkbox" class="show-{name}" checked>{words}</label>'
-    for name, words in (
-        ("teacher", "teacher (solid, pale = low score)"),
-        ("student", "student (dotted)"),
-        ("truth", "hidden truth (dashed white)"),
-    )
-)
+_LAYERS = {"teacher": "teacher (solid, pale = low score)", "student": "student (dotted)", "truth": "true objects (dashed white)"}
+
+
+def _switches(images: str) -> str:
+    """A checkbox for each kind of boxes that the images show."""
+    shown = {name: words for name, words in _LAYERS.items() if re.search(f'<g class="{name}"><[^/]', images)}
+    return "".join(f'<label><input type="checkbox" class="show-{name}" checked>{words}</label>' for name, words in shown.items())
 
 
 def _images(runs: Sequence[Run]) -> str:
@@ -132,4 +132,5 @@ def _images(runs: Sequence[Run]) -> str:
         "The same images at up to four evaluations (on a narrow screen the first and the last). Bold and named: above the score threshold."
     )
     intro = f'<p class="note">{words}{_left_out(len(runs))}</p>'
-    return f'<section class="images"><h2>Images</h2>{intro}<div class="switches">{_SWITCHES}</div>{"".join(blocks)}</section>'
+    images = "".join(blocks)
+    return f'<section class="images"><h2>Images</h2>{intro}<div class="switches">{_switches(images)}</div>{images}</section>'

@@ -71,6 +71,11 @@ class Run:
         return max((int(line["it"]) for line in (*self.train, *self.evals)), default=0)
 
     @property
+    def knows_hidden_truth(self) -> bool:
+        """Whether pseudo labels were judged by the truth of the unlabelled images, not by the validation images as a stand-in."""
+        return any(line.get("source") == "hidden" for line in self.quality)
+
+    @property
     def main_model(self) -> str:
         """The reported model: the teacher where there is one."""
         return "teacher" if any(line.get("teacher") for line in self.evals) else "student"

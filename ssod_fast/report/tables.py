@@ -98,13 +98,18 @@ def _count(value: Any) -> str:
     return "no" if value in (0, None) else text(value)
 
 
+def _split_hash(run: Run) -> str:
+    drawn = run.info.get("split_hash")
+    return f"<code>{text(str(drawn)[:16])}</code>" if drawn else "not drawn"
+
+
 def overview(runs: Sequence[Run]) -> str:
     """One column for each run: method, data, seed, schedule, duration, versions."""
     facts = (
         ("method", lambda run: f"<strong>{text(run.method)}</strong>"),
         ("images", _counts),
         ("classes", _classes),
-        ("split hash", lambda run: f"<code>{text(str(run.info.get('split_hash') or 'unknown')[:16])}</code>"),
+        *((("split hash", _split_hash),) if any(run.info.get("split_hash") for run in runs) else ()),
         ("seed", lambda run: text(run.info.get("seed", "unknown"))),
         ("schedule", _schedule),
         ("duration", lambda run: duration(duration_seconds(run))),

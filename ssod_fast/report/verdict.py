@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ssod_fast.report.charts import final_metrics
+from ssod_fast.report.charts import final_metrics, last_per_class
 from ssod_fast.report.runs import Run, last_value, number, series
 
 # Config keys that name a run rather than change it.
@@ -16,7 +17,9 @@ _NAMING_KEYS = (
     "out",
     "overwrite",
     "resume",
+    "dry_run",
     "workers",
+    "cache_mb",
     "threads",
     "report",
     "log_every",
@@ -26,14 +29,18 @@ _NAMING_KEYS = (
 )
 # Where the data lies; the labelled images are compared by the hash of their ids instead.
 _DATA_KEYS = ("labeled", "unlabeled", "hidden_gt")
+# What repeats of one experiment differ in.
+_DRAW_KEYS = ("seed", "method.seed", "fold", "seed_offset")
 GOOD_PRECISION = 0.7
+LOW_RECALL = 0.05  # of a class, below which its pseudo boxes teach nothing
+NAMED_CLASSES = 5
 LOW_GATE = 0.3
 LEVEL = 1.0  # AP50 points that two evaluations of one model easily differ by
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
     """Plain sentences for the head of the page; unescaped text."""
-    sentences = _comparison(runs) + [_reached(group) for group in _by_method(runs)]
+    sentences = _comparison(runs) + [_reached(group, _who(group, runs)) for group in repeats(runs)]
     for run in runs:
         if not run.is_baseline:
             sentences += [s for s in (_pseudo_quality(run), _gate(run), _teacher_student(run)) if s]
@@ -46,8 +53,28 @@ def final_ap(run: Run, metric: str = "AP50", role: str | None = None) -> float:
     return math.nan if value == -1.0 else 100.0 * value
 
 
-def _by_method(runs: Sequence[Run]) -> list[list[Run]]:
-    return [[run for run in runs if run.method == method] for method in dict.fromkeys(run.method for run in runs)]
+def repeats(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs that differ in seed and fold alone; means over others would mean nothing."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_experiment(run), []).append(run)
+    return list(groups.values())
+
+
+def _experiment(run: Run) -> str:
+    """Identity of what was run, how far it came included. A run that logged no settings repeats no other."""
+    ignored = {*_NAMING_KEYS, *_DRAW_KEYS, "hidden_gt"}
+    settings = {key: value for key, value in run.config.items() if key not in ignored} or run.label
+    reached = run.evals[-1]["it"] if run.evals else None
+    return json.dumps([run.method, settings, run.info.get("labeled"), reached], sort_keys=True, default=str)
+
+
+def _who(group: Sequence[Run], runs: Sequence[Run]) -> str:
+    """The method, or the names of the runs where the method alone does not say which."""
+    if sum(run.method == group[0].method for run in runs) == len(group):
+        return "the supervised baseline" if group[0].is_baseline else group[0].method
+    names = ", ".join(run.label for run in group)
+    return f"the supervised baseline {names}" if group[0].is_baseline else names
 
 
 def _mean_text(values: Sequence[float]) -> str:
@@ -56,28 +83,29 @@ def _mean_text(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (mean ± standard deviation of {len(values)} runs)"
 
 
-def _reached(group: Sequence[Run]) -> str:
+def _reached(group: Sequence[Run], name: str) -> str:
     scored = [run for run in group if math.isfinite(final_ap(run))]
     if not scored:
-        return f"{group[0].label}: no AP was measured."
-    who = "The supervised baseline" if group[0].is_baseline else f"The {scored[0].main_model} of {group[0].method}"
+        return f"{', '.join(run.label for run in group)}: no AP was measured."
+    who = name[0].upper() + name[1:] if group[0].is_baseline else f"The {scored[0].main_model} of {name}"
     ap50, ap = (_mean_text([final_ap(run, metric) for run in scored]) for metric in ("AP50", "AP"))
     last = scored[0].evals[-1]["it"]
     return f"{who} reaches AP50 {ap50}, AP {ap} after {last} iterations."
 
 
 def _comparison(runs: Sequence[Run]) -> list[str]:
-    """Difference between each semi-supervised method and the baseline, and whether the comparison is fair."""
-    baseline = [run for run in runs if run.is_baseline and math.isfinite(final_ap(run))]
+    """Difference between each semi-supervised experiment and the baseline most like it, and whether the comparison is fair."""
+    groups = repeats([run for run in runs if math.isfinite(final_ap(run))])
+    baselines = [group for group in groups if group[0].is_baseline]
     sentences = []
-    for group in _by_method([run for run in runs if not run.is_baseline and math.isfinite(final_ap(run))]):
-        if not baseline:
+    for group in groups:
+        if group[0].is_baseline or not baselines:
             continue
+        baseline = min(baselines, key=lambda other: len(_differences(group[0], other[0])))
         gap = statistics.mean(final_ap(run) for run in group) - statistics.mean(final_ap(run) for run in baseline)
         word = "above" if gap > 0 else "below"
-        sentences.append(
-            f"{group[0].method} is {abs(gap):.1f} AP50 points {word} the supervised baseline. {_fairness(group[0], baseline[0])}"
-        )
+        fairness = _fairness(_differences(group[0], baseline[0]))
+        sentences.append(f"{_who(group, runs)} is {abs(gap):.1f} AP50 points {word} {_who(baseline, runs)}. {fairness}")
     return sentences
 
 
@@ -99,12 +127,17 @@ def _labelled_images(run: Run) -> Any:
     return run.info.get("split_hash") or run.config.get("labeled")
 
 
-def _fairness(run: Run, baseline: Run) -> str:
+def _differences(run: Run, baseline: Run) -> list[str]:
+    """What two runs differ in beside the method."""
     differing = differing_settings(run, baseline)
     if _labelled_images(run) != _labelled_images(baseline):
         differing.insert(0, "labelled split")
     if run.info.get("labeled") != baseline.info.get("labeled"):
         differing.insert(0, "number of labelled images")
+    return differing
+
+
+def _fairness(differing: Sequence[str]) -> str:
     if not differing:
         return "Both share the labelled images, the seed and every setting that both have."
     return "Careful, the runs differ in more than the method: " + ", ".join(differing[:8]) + (", ..." if len(differing) > 8 else "") + "."
@@ -117,13 +150,22 @@ def _pseudo_quality(run: Run) -> str:
     if not math.isfinite(last["precision"]):
         return f"{run.label}: no pseudo label was kept at the last evaluation, so their precision is unknown."
     trust = "can be trusted" if last["precision"] >= GOOD_PRECISION else "are often wrong: raise the threshold or burn in longer"
+    missed = _missed_classes(run)
     counts = f" ({last['kept_per_image']:.1f} of {last['truth_per_image']:.1f} per image)" if math.isfinite(last["truth_per_image"]) else ""
     threshold = f" above score {last['thr']:g}" if math.isfinite(last["thr"]) else ""
-    source = "the hidden truth" if run.quality[-1].get("source") == "hidden" else "the validation images, as a stand-in"
+    source = "the hidden truth" if run.knows_hidden_truth else "the validation images, as a stand-in"
     return (
         f"{run.label}: judged by {source}, {100 * last['precision']:.0f} % of the pseudo boxes{threshold} are right and they find "
         f"{100 * last['recall']:.0f} % of the objects{counts}; they {trust}."
+        + (f" Of some classes they find almost nothing: {missed}." if missed else "")
     )
+
+
+def _missed_classes(run: Run) -> str:
+    """Names of the classes that occur and whose objects the pseudo labels (almost) never find."""
+    rows = {name: row for name, row in last_per_class(run).items() if isinstance(row, dict) and number(row.get("truth")) > 0}
+    missed = [name for name, row in rows.items() if not number(row.get("recall")) >= LOW_RECALL]
+    return ", ".join(missed[:NAMED_CLASSES]) + (f" and {len(missed) - NAMED_CLASSES} more" if len(missed) > NAMED_CLASSES else "")
 
 
 def _gate(run: Run) -> str:

@@ -115,6 +115,54 @@ def test_seeds_are_averaged(tmp_path, write_run):
     assert re.search(r"AP50 \d+\.\d ± \d+\.\d \(mean ± standard deviation of 3 runs\)", verdict(read_runs(runs))[0])
 
 
+def test_only_repeats_are_averaged(tmp_path, write_run):
+    runs = [write_run(tmp_path / "long", iters=600), write_run(tmp_path / "short", iters=300), write_run(tmp_path / "again", seed=1)]
+    sentences = verdict(read_runs(runs))
+    assert re.match(r"The teacher of long, again reaches AP50 .* of 2 runs\), AP .* after 600 iterations", sentences[0])
+    assert re.match(r"The teacher of short reaches AP50 \d+\.\d, AP \d+\.\d after 300 iterations", sentences[1])
+
+
+def test_each_method_is_compared_with_the_baseline_most_like_it(tmp_path, write_run):
+    names = [(method, iters) for method in ("supervised", "mixpl") for iters in (300, 600)]
+    runs = [write_run(tmp_path / f"{method}{iters}", method=method, iters=iters) for method, iters in names]
+    sentences = verdict(read_runs(runs))
+    for sentence, iters in zip(sentences, (300, 600), strict=False):
+        words = rf"mixpl{iters} is \d+\.\d AP50 points above the supervised baseline supervised{iters}\. Both share the labelled images"
+        assert re.match(words, sentence)
+
+
+def _edit_lines(folder, change):
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(change(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+
+
+def test_classes_without_recall_are_named(tmp_path, write_run):
+    folder = write_run(tmp_path / "mixpl")
+
+    def forget(line):
+        if line["type"] == "quality":
+            line["per_class"]["star"]["recall"] = 0.0
+        return line
+
+    _edit_lines(folder, forget)
+    assert any("they can be trusted. Of some classes they find almost nothing: star." in s for s in verdict(read_runs([folder])))
+
+
+def test_stand_in_for_the_hidden_truth_is_named(tmp_path, write_run):
+    folder = write_run(tmp_path / "mixpl")
+    assert "as a stand-in" not in build_report([folder]).read_text()
+    _edit_lines(folder, lambda line: {**line, "split_hash": None} if line["type"] == "run" else line)
+    _edit_lines(folder, lambda line: {**line, "source": "val"} if line["type"] == "quality" else line)
+    for path in (folder / "pseudo_preview").glob("step_*.json"):
+        path.write_text(json.dumps([{**entry, "truth": None} for entry in json.loads(path.read_text())]))
+    text = build_report([folder]).read_text()
+    assert "precision, recall and true objects are those of the validation images, as a stand-in" in text
+    assert "judged by the validation images, as a stand-in" in text
+    assert 'class="show-teacher"' in text
+    assert 'class="show-truth"' not in text
+    assert "split hash" not in text
+
+
 def test_sections_hold_every_promised_figure(pair):
     keys = {panel.key for section in sections(read_runs(pair)) for panel in section.panels}
     wanted = {"ap_ap", "ap_ap50", "ap_size", "ap_class", "pseudo_precision", "pseudo_recall", "pseudo_iou", "pseudo_count", "pseudo_gate"}
