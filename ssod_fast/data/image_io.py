@@ -42,7 +42,8 @@ def read_image(path: Path, expected: tuple[int, int] | None = None) -> Tensor:
         if tuple(stored.shape[1:]) == tuple(expected):
             return stored
     found = f"{image.shape[2]}x{image.shape[1]}"
-    raise UnreadableImageError(f"{path}: the file is {found} pixels, its annotation says {expected[1]}x{expected[0]}")
+    hint = " (width and height are swapped)" if tuple(image.shape[1:]) == (expected[1], expected[0]) else ""
+    raise UnreadableImageError(f"{path}: the file is {found} pixels, its annotation says {expected[1]}x{expected[0]}{hint}")
 
 
 def _decode(path: Path, upright: bool) -> Tensor:

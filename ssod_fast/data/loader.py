@@ -46,11 +46,20 @@ class LoaderConfig(SamplingConfig):
             raise ValueError(f"workers must be >= 0, prefetch >= 1 and cache_mb >= 0, got {got}")
 
 
+SPOKEN = {"labeled": "labelled", "unlabeled": "unlabelled"}  # purposes of streams, in messages
+
+
 class _Fault(NamedTuple):
     """A file that could not be used."""
 
     path: Path
     reason: str
+
+
+def _none_readable(which: str, faults: Sequence[_Fault]) -> str:
+    """The message where no image can be used: the first five files, and what is wrong with the first."""
+    names = ", ".join(str(fault.path) for fault in faults[:5])
+    return f"none of the {which} images can be read, such as {names}; the fault of the first: {faults[0].reason}"
 
 
 class _Reader:
@@ -89,8 +98,7 @@ class _Reader:
                 return row, self.read(row), faults
             except UnreadableImageError as error:
                 faults.append(_Fault(self.records[row].path, str(error)))
-        names = ", ".join(str(fault.path) for fault in faults[:5])
-        raise UnreadableImageError(f"none of the {len(faults)} {slot.stream.purpose} images can be read, such as {names}")
+        raise UnreadableImageError(_none_readable(f"{len(faults)} {SPOKEN[slot.stream.purpose]}", faults))
 
 
 class _Item(NamedTuple):
@@ -277,15 +285,15 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         """Raises UnreadableImageError at the end if there are images and none could be read."""
-        seen = 0
+        seen, broken = 0, []
         for batch, faults in _in_workers(self._batches, range(len(self)), self.workers, 2, self.pin_memory):
             self._faults.add(faults)
+            broken += faults
             seen += len(batch)
             if len(batch):
                 yield batch
         if self.records and not seen:
-            names = ", ".join(str(record.path) for record in self.records[:5])
-            raise UnreadableImageError(f"none of the {len(self.records)} images can be read, such as {names}")
+            raise UnreadableImageError(_none_readable(str(len(self.records)), broken))
 
 
 class _FaultLog:

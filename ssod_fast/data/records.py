@@ -111,6 +111,10 @@ class DetectionData:
     def __len__(self) -> int:
         return len(self.records)
 
+    def __repr__(self) -> str:
+        boxes = sum(self.class_counts())
+        return f"DetectionData({self.name!r}, {len(self)} images, {boxes} boxes of {len(self.classes)} classes, {str(self.source)!r})"
+
     def subset(self, image_ids: Sequence[int], name: str | None = None) -> DetectionData:
         """The images with these ids, in this data set's order.
 

@@ -71,7 +71,7 @@ def test_annotated_size_decides_about_the_orientation(tmp_path: Path) -> None:
 
 def test_a_size_that_is_merely_swapped_is_an_error(tmp_path: Path) -> None:
     path = write_image(tmp_path / "x.png", (16, 32))
-    with pytest.raises(UnreadableImageError, match="the file is 32x16 pixels, its annotation says 16x32"):
+    with pytest.raises(UnreadableImageError, match=r"the file is 32x16 pixels, its annotation says 16x32 \(width and height are swapped\)"):
         read_image(path, expected=(32, 16))
 
 

@@ -255,9 +255,11 @@ def test_unreadable_images_are_replaced_deterministically_and_counted(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_all_unreadable_is_an_error_that_names_five(scenes: DetectionData, tmp_path: Path, workers: int) -> None:
     data = break_files(tmp_path, scenes, set(range(20)))
-    with pytest.raises(UnreadableImageError, match=r"none of the 20 unlabeled images can be read, such as (\S+jpg,? ?){5}"):
+    with pytest.raises(UnreadableImageError, match=r"none of the 20 unlabelled images can be read, such as (\S+jpg,? ?){5}"):
         next(iter(TrainLoader(scenes, data.records, config(workers=workers))))
-    with pytest.raises(UnreadableImageError, match="none of the 20 labeled images can be read"):
+    with pytest.raises(
+        UnreadableImageError, match=r"none of the 20 labelled images can be read, .*; the fault of the first: \S+jpg: cannot be decoded"
+    ):
         next(iter(TrainLoader(data, scenes.records, config(workers=workers))))
 
 

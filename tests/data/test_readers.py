@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def test_the_same_set_in_three_formats(tmp_path: Path) -> None:
             torch.testing.assert_close(target["boxes"], torch.tensor([b[:4] for b in boxes], dtype=torch.float32).reshape(-1, 4))
             assert target["labels"].tolist() == [b[4] for b in boxes]
         assert data.warnings.notes["images without boxes, kept as background"] == 1
+
+
+def test_a_data_set_describes_itself_in_a_line(tmp_path: Path) -> None:
+    data = read_coco(write_coco(tmp_path))
+    assert re.fullmatch(r"DetectionData\('\S+', 4 images, 4 boxes of 3 classes, '\S+instances_train.json'\)", repr(data))
 
 
 def test_category_ids_go_there_and_back(tmp_path: Path) -> None:
