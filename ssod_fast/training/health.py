@@ -10,6 +10,8 @@ SILENT_ITERATIONS = 200
 MANY_BOXES = 3.0
 LOSS_RATIO = 100.0
 DATA_SHARE = 0.3
+START_UP = 20  # iterations in which loader processes start and say nothing about their pace
+NAMED_CLASSES = 5
 WORSE_EVALUATIONS = 3
 
 
@@ -34,7 +36,9 @@ class Health:
     _gate_shut_since: int | None = None
     _worse: int = 0
 
-    def start(self, labeled_counts: Mapping[str, int], labeled_batch: int, reference_batch: int, lr: float) -> list[str]:
+    def start(
+        self, labeled_counts: Mapping[str, int], labeled_batch: int, reference_batch: int, lr: float, drawn: bool = False
+    ) -> list[str]:
         """Warnings that are known before the first step.
 
         Args:
@@ -42,14 +46,13 @@ class Health:
             labeled_batch: labelled images per optimizer step over all ranks and accumulated steps.
             reference_batch: what the recipe was published with.
             lr: learning rate in use.
+            drawn: the labelled images were drawn here, and others could have been.
         """
         out = []
         missing = [name for name in self.classes if not labeled_counts.get(name)]
         if missing:
-            names = ", ".join(repr(m) for m in missing[:5]) + (", ..." if len(missing) > 5 else "")
-            out.append(
-                f"{len(missing)} of {len(self.classes)} classes have no labelled box ({names}): draw another fold or use --cover-classes"
-            )
+            advice = ": draw another fold or use --cover-classes" if drawn else ""
+            out.append(f"{len(missing)} of {len(self.classes)} classes have no labelled box ({_listed(missing)}){advice}")
         if labeled_batch * 2 <= reference_batch:
             sizes = f"labelled images per step {labeled_batch}, reference {reference_batch}"
             out.append(f"{sizes}: published numbers will not be reached; lr in use {lr:.3g}")
@@ -58,7 +61,9 @@ class Health:
     def after_log(self, it: int, log: Mapping[str, Any]) -> list[str]:
         """Warnings from one train line: its losses by branch, pseudo-label counts and time shares."""
         pseudo = log.get("pseudo")
-        found = {**self._loss_ratio(log.get("losses", {})), **self._data_time(log.get("time_split", {}))}
+        found = self._loss_ratio(log.get("losses", {}))
+        if it >= START_UP:
+            found |= self._data_time(log.get("time_split", {}))
         if pseudo is not None:
             found |= {**self._silence(it, pseudo), **self._crowding(pseudo), **self._gate(it, pseudo)}
         return self._new(found, {"ratio", "data", "silent", "crowd", "gate"})
@@ -67,10 +72,12 @@ class Health:
         self, teacher: Mapping[str, Any] | None, student: Mapping[str, Any], pseudo_per_class: Mapping[str, int] | None
     ) -> list[str]:
         """Warnings from one evaluation and from the pseudo boxes per class since the last one (None: not counted)."""
-        found: dict[str, str] = {}
-        for name, count in (pseudo_per_class or {}).items():
-            if count == 0:
-                found[f"class {name}"] = f"class {name!r} got 0 pseudo labels since the last evaluation"
+        silent = [name for name, count in (pseudo_per_class or {}).items() if count == 0]
+        found = {f"class {name}": "" for name in silent}
+        new = [name for name in silent if f"class {name}" not in self._active]
+        if new:  # one message for all of them
+            which = f"class {new[0]!r}" if len(new) == 1 else f"{len(new)} of {len(self.classes)} classes ({_listed(new)})"
+            found[f"class {new[0]}"] = f"{which} got 0 pseudo labels since the last evaluation"
         if teacher is not None:
             # AP -1 means that there was nothing to find: no ground for a comparison.
             self._worse = self._worse + 1 if 0 <= teacher["AP"] < student["AP"] else 0
@@ -80,7 +87,7 @@ class Health:
 
     def _new(self, found: Mapping[str, str], scope: set[str]) -> list[str]:
         """Messages that were not given yet; keys of `scope` that are no longer found may be given again."""
-        messages = [text for key, text in found.items() if key not in self._active]
+        messages = [text for key, text in found.items() if text and key not in self._active]
         self._active = (self._active - scope) | set(found)
         return messages
 
@@ -142,3 +149,8 @@ class Health:
         self._active = set(values.pop("active"))
         for name, value in values.items():
             setattr(self, name, value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, quoted."""
+    return ", ".join(map(repr, names[:NAMED_CLASSES])) + (", ..." if len(names) > NAMED_CLASSES else "")

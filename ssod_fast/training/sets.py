@@ -69,6 +69,7 @@ def _load(config: TrainConfig[Any]) -> TrainingData:
     full = load_detection_data(config.labeled, split="train", strict=config.strict_data)
     val = _read_val(config, full)
     labeled, rest, split = (full, None, None) if config.percent is None else _draw(config, full)
+    _require_boxes(labeled, drawn=config.percent is not None)
     unlabeled = list(rest.records) if rest is not None else []
     hidden = None if rest is None else HiddenTruth([r.id for r in rest.records], rest.targets)
     if config.unlabeled is not None:
@@ -83,6 +84,12 @@ def _load(config: TrainConfig[Any]) -> TrainingData:
     notes = [str(data.warnings) for data in (full, val) if data is not None and data.warnings]
     notes += _shared_with_val(unlabeled, val)
     return TrainingData(labeled, unlabeled or None, val, hidden, split, notes)
+
+
+def _require_boxes(labeled: DetectionData, drawn: bool) -> None:
+    if not any(len(target["labels"]) for target in labeled.targets):
+        hint = ": draw another --fold or raise --percent" if drawn else ""
+        raise ValueError(f"none of the {len(labeled)} labelled images in {labeled.source} has a box to learn from{hint}")
 
 
 def _read_val(config: TrainConfig[Any], labeled: DetectionData) -> DetectionData | None:

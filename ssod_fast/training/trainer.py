@@ -206,7 +206,8 @@ class Trainer:
                 score_thr=config.score_thr,
                 evaluation=self.referee.description,
             )
-            for message in self.health.start(counts, self.labeled_batch, config.optimizer.reference_batch, self.lr):
+            drawn = config.percent is not None
+            for message in self.health.start(counts, self.labeled_batch, config.optimizer.reference_batch, self.lr, drawn):
                 self._warn(message)
 
     # The loop

@@ -20,7 +20,9 @@ def log(kept: float = 1.0, gate: float = 1.0, best: float = 0.31, **extra: Any) 
 
 def test_missing_classes_and_small_batch(health: Health) -> None:
     messages = health.start({"cat": 3}, labeled_batch=1, reference_batch=8, lr=0.00125)
-    assert messages[0].startswith("1 of 2 classes have no labelled box ('toaster')")
+    assert messages[0] == "1 of 2 classes have no labelled box ('toaster')"
+    drawn = health.start({"cat": 3}, labeled_batch=8, reference_batch=8, lr=0.01, drawn=True)
+    assert drawn == ["1 of 2 classes have no labelled box ('toaster'): draw another fold or use --cover-classes"]
     assert messages[1] == "labelled images per step 1, reference 8: published numbers will not be reached; lr in use 0.00125"
     assert health.start({"cat": 3, "toaster": 1}, labeled_batch=6, reference_batch=8, lr=0.01) == []
 
@@ -52,9 +54,10 @@ def test_unsupervised_loss_explodes(health: Health) -> None:
 
 
 def test_waiting_for_data(health: Health) -> None:
-    message = health.after_log(0, log(time_split={"data": 0.4, "step": 0.6}))
+    assert health.after_log(2, log(time_split={"data": 0.9, "step": 0.1})) == []  # loader processes are starting
+    message = health.after_log(20, log(time_split={"data": 0.4, "step": 0.6}))
     assert message == ["40 % of the time waits for data: more --workers (now 2) or smaller images"]
-    assert health.after_log(0, log(time_split={"data": 0.2, "step": 0.8})) == []
+    assert health.after_log(40, log(time_split={"data": 0.2, "step": 0.8})) == []
 
 
 def test_teacher_worse_than_student(health: Health) -> None:
@@ -72,6 +75,16 @@ def test_class_without_pseudo_labels(health: Health) -> None:
     counts = {"cat": 5, "toaster": 0}
     assert health.after_eval(None, {"AP": 0.1}, counts) == ["class 'toaster' got 0 pseudo labels since the last evaluation"]
     assert health.after_eval(None, {"AP": 0.1}, counts) == []
+
+
+def test_classes_without_pseudo_labels_share_a_line() -> None:
+    health = Health(list("abcdefgh"), 0.7, 7.0)
+    counts = {"a": 5, **dict.fromkeys("bcdefgh", 0)}
+    message = "7 of 8 classes ('b', 'c', 'd', 'e', 'f', ...) got 0 pseudo labels since the last evaluation"
+    assert health.after_eval(None, {"AP": 0.1}, counts) == [message]
+    assert health.after_eval(None, {"AP": 0.1}, counts) == []
+    again = health.after_eval(None, {"AP": 0.1}, {**counts, "a": 0, "h": 1})
+    assert again == ["class 'a' got 0 pseudo labels since the last evaluation"]
 
 
 def test_supervised_log_has_no_pseudo_labels(health: Health) -> None:

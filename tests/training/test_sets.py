@@ -140,6 +140,14 @@ def test_unusable_data_is_named(make_config: MakeConfig, changes: dict[str, obje
         load_sets(make_config(**changes))
 
 
+def test_labelled_set_without_any_box(make_config: MakeConfig, scenes: Path, tmp_path: Path) -> None:
+    empty = edited(scenes, tmp_path / "empty.json", annotations=[])
+    with pytest.raises(DataError, match=r"none of the 4 labelled images in \S+empty.json has a box to learn from$"):
+        load_sets(make_config("supervised", labeled=empty, percent=None))
+    with pytest.raises(DataError, match=r"has a box to learn from: draw another --fold or raise --percent"):
+        load_sets(make_config(labeled=empty))
+
+
 def test_hidden_truth_of_other_images(make_config: MakeConfig, scenes: Path, tmp_path: Path) -> None:
     hidden = edited(scenes, tmp_path / "hidden.json")
     with pytest.raises(DataError, match="describes none of the 8 unlabelled images"):
