@@ -109,6 +109,7 @@ def build_detector(
 
     Raises:
         ValueError: unknown name or option (with the nearest ones), or files that do not fit.
+        NotADetectorError: what the callable returns lacks a part of the protocol.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -132,13 +133,29 @@ def _call(name: str, num_classes: int, backbone_weights: str | Path | None, opti
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"detector {name!r} cannot be imported: {error}") from error
+        hint = "" if isinstance(error, AttributeError) else "; put the folder of the package on PYTHONPATH, or install it"
+        raise ValueError(f"detector {name!r} cannot be imported: {error}{hint}") from error
     if backbone_weights is not None:
         options = {**options, "backbone_weights": backbone_weights}
+    _check_call(name, function, {"num_classes": num_classes, **options})
     built = function(num_classes=num_classes, **options)
     detector: nn.Module = from_torchvision(built, num_classes) if isinstance(built, FCOS | RetinaNet | FasterRCNN) else built
     require(detector, for_method=f"training with {name!r}")
     return detector
+
+
+def _check_call(name: str, function: Any, options: dict[str, Any]) -> None:
+    """Whether a user's function takes the arguments; a TypeError from inside of it stays what it is."""
+    if not callable(function):
+        raise ValueError(f"detector {name!r} must be a function that returns a detector, got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled functions may have none
+        return
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"detector {name!r} cannot be called with {', '.join(options)}: {error}; it takes {signature}") from error
 
 
 def _example(name: str) -> str:

@@ -35,6 +35,10 @@ _HOW_TO_ADD = {
 }
 
 
+class NotADetectorError(TypeError):
+    """An object that does not follow :class:`Detector`."""
+
+
 @dataclass(frozen=True)
 class PixelStats:
     """Mean and standard deviation per channel (RGB) that the detector was trained with, in units of 0..255."""
@@ -117,13 +121,13 @@ def require(detector: nn.Module, *names: str, for_method: str) -> None:
     """Checks at construction that `detector` follows the protocol and has the optional capabilities `names`.
 
     Raises:
-        TypeError: `detector` is no `nn.Module` or lacks a part of :class:`Detector`; the message lists the missing parts.
+        NotADetectorError: `detector` is no `nn.Module` or lacks a part of :class:`Detector`; the message lists the missing parts.
         ValueError: a capability is unknown, or missing; the message says what to add to the adapter.
     """
-    parts = ("losses", "predict", "num_classes", "pixel_stats", "stride")
-    missing = [part for part in parts if not hasattr(detector, part)]
+    parts = ("losses", "predict", "forward", "num_classes", "pixel_stats", "stride")
+    missing = [part for part in parts if not _has(detector, part)]
     if missing or not isinstance(detector, nn.Module):
-        raise TypeError(
+        raise NotADetectorError(
             f"{for_method} needs a detector (an nn.Module with {', '.join(parts)}), got {type(detector).__name__}"
             + (f" without {', '.join(missing)}" if missing else "")
             + "; wrap torchvision models with ssod_fast.detectors.from_torchvision"
@@ -134,6 +138,12 @@ def require(detector: nn.Module, *names: str, for_method: str) -> None:
             raise ValueError(f"unknown capability {name!r}, expected one of {', '.join(FLAGS + METHODS)}{near(name, FLAGS + METHODS)}")
         if name not in available:
             raise ValueError(f"{for_method} needs '{name}', which {type(detector).__name__} does not have: {_HOW_TO_ADD[name]}")
+
+
+def _has(detector: nn.Module, part: str) -> bool:
+    """Whether an attribute is there; the `forward` that every nn.Module inherits, and that only raises, is none."""
+    value = getattr(detector, part, None)
+    return value is not None and getattr(value, "__func__", value) is not nn.Module.forward
 
 
 def near(name: str, known: Sequence[str]) -> str:

@@ -118,7 +118,12 @@ class SemiSupervisedDetector(MeanTeacher):
 
         Returns:
             Loss, terms for the log, statistics of the pseudo labels.
+
+        Raises:
+            TypeError: `labeled` is None.
         """
+        if labeled is None:
+            raise TypeError("labeled must be a LabeledBatch, got None: every step has labelled images")
         if not self.student.training:
             self.train()
         return self.method.step(self, labeled, unlabeled, step, driver, want_preview)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssod_fast.detectors import build_detector
+from ssod_fast.detectors.protocol import NotADetectorError
 from ssod_fast.methods import METHODS, SemiSupervisedDetector
 
 from .checkpoint import find_detector, load_matching, read_detector_info
@@ -20,7 +21,7 @@ def build_student(config: TrainConfig[Any], classes: list[str], say: Callable[[s
     """The detector with its starting weights. The same seed gives the same weights on every rank.
 
     Raises:
-        ConfigError: unknown model or option, or weights that do not fit.
+        ConfigError: unknown model or option, a model that is no detector, or weights that do not fit.
     """
     torch.manual_seed(config.seed)
     try:
@@ -29,7 +30,7 @@ def build_student(config: TrainConfig[Any], classes: list[str], say: Callable[[s
         )
         if config.init_from is not None:
             _init_from(student, config, classes, say)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotADetectorError) as error:
         raise ConfigError(str(error)) from error
     return student
 

@@ -8,6 +8,7 @@ from detectors.models import build, images
 from torch import nn
 
 from ssod_fast.detectors import IMAGENET, ImageBatch, PixelStats, capabilities, from_torchvision, preprocess, require
+from ssod_fast.detectors.protocol import NotADetectorError
 
 
 def test_preprocess_normalises_and_pads() -> None:
@@ -85,4 +86,8 @@ def test_require_names_what_to_write() -> None:
 def test_require_refuses_what_is_no_detector() -> None:
     with pytest.raises(TypeError, match=r"MixPL needs a detector .* got Linear without losses, predict.*wrap torchvision models"):
         require(nn.Linear(2, 2), for_method="MixPL")
+    detector = from_torchvision(build("fcos"))
+    detector.forward = nn.Module.forward.__get__(detector)  # what a class without its own forward inherits
+    with pytest.raises(NotADetectorError, match=r"got FCOSDetector without forward"):
+        require(detector, for_method="MixPL")
     assert capabilities(nn.Linear(2, 2)) == frozenset()

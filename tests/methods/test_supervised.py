@@ -24,6 +24,12 @@ def test_loss_is_the_students() -> None:
     assert torch.equal(again.loss, out.loss)  # unlabelled images are not looked at
 
 
+def test_labelled_images_are_needed() -> None:
+    model = SemiSupervisedDetector(TinyDetector(), SupervisedMethod())
+    with pytest.raises(TypeError, match="labeled must be a LabeledBatch, got None"):
+        model.training_step(None, make_batches(0)[1], 0)
+
+
 def test_an_averaged_baseline() -> None:
     model = SemiSupervisedDetector(TinyDetector(), SupervisedMethod(SupervisedConfig(ema=EMAConfig("constant", keep=0.5))))
     assert model.update_teacher(0)
