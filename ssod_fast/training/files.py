@@ -23,6 +23,7 @@ def atomic(path: Path, keep_previous: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some libraries write files that only their owner may read
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())  # a rename may reach the disk before the data does
         if keep_previous and path.exists():
@@ -30,6 +31,13 @@ def atomic(path: Path, keep_previous: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The bits that new files of this process do not get; reading them without setting them is not possible."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _second_name(path: Path, other: Path) -> None:
@@ -62,7 +70,7 @@ def require_writable(folder: Path) -> None:
     """Creates a folder and proves that a file can be written there.
 
     Raises:
-        PermissionError: it cannot; the message names the folder and the cause.
+        PermissionError: it cannot; the message names the folder and the cause, and asks for another --out.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,4 +78,4 @@ def require_writable(folder: Path) -> None:
             handle.write(b"\0" * 4096)
             handle.flush()
     except OSError as error:
-        raise PermissionError(f"cannot write to the run folder {folder}: {error.strerror or error}; choose another with --out") from error
+        raise PermissionError(f"cannot write to the folder {folder}: {error.strerror or error}; choose another with --out") from error

@@ -90,8 +90,16 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
     assert (path.read_text(), previous(path).read_text()) == ("new", "old")
 
 
+def test_atomic_files_have_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("")
+    with atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
 def test_unwritable_run_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(PermissionError, match=r"cannot write to the run folder .*choose another with --out"):
+    with pytest.raises(PermissionError, match=r"cannot write to the folder .*choose another with --out"):
         require_writable(blocker / "run")

@@ -322,7 +322,7 @@ def test_unreadable_unlabelled_images_are_counted(make_config: MakeConfig, scene
 
 def test_unwritable_run_folder_fails_before_anything(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match="cannot write to the run folder"):
+    with pytest.raises(PermissionError, match="cannot write to the folder"):
         train(make_config(out=tmp_path / "file"))
 
 
