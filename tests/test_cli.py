@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_detector import TinyDetector
 
 from ssod_fast import cli
 from ssod_fast.cli.train import parse_train
@@ -66,6 +69,50 @@ def test_split_writes_files(scenes: Path, tmp_path: Path, capsys: pytest.Capture
     assert "percent too small" in capsys.readouterr().err
 
 
+def test_split_takes_a_folder_and_covers_classes(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["split", str(scenes), "--percent", "50", "--fold", "1", "--out", str(tmp_path)]) == 0
+    splits = json.loads((tmp_path / "split.json").read_text())["splits"]
+    assert splits["1@50"]["missing_classes"] == []
+    tiny = ["split", str(scenes), "--percent", "10", "--fold", "1", "--out", str(tmp_path)]
+    assert cli.main(tiny) == 3  # one image cannot hold every class
+    assert "cover_classes: 1000 draws of 1 of 10 images each missed a class" in capsys.readouterr().err
+    assert cli.main([*tiny, "--no-cover-classes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("os.path:join", "'os.path:join' cannot be called with num_classes: missing a required argument"),
+        ("os.path:sep", "'os.path:sep' must be a function that returns a detector, got str"),
+        ("user_models:mini", "needs a detector (an nn.Module with losses, predict, forward, num_classes, pixel_stats, stride), got Linear"),
+        ("user_models:without_forward", "got WithoutForward without forward;"),
+        ("no_such_package:build", "put the folder of the package on PYTHONPATH, or install it"),
+    ],
+)
+def test_models_that_are_no_detector(
+    model: str, message: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class WithoutForward(TinyDetector):
+        forward = torch.nn.Module.forward
+
+    module = types.ModuleType("user_models")
+    module.mini = lambda num_classes: torch.nn.Linear(2, 2)  # type: ignore[attr-defined]
+    module.without_forward = WithoutForward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "user_models", module)
+    arguments = ["train", str(scenes), "--method", "supervised", "--model", model, "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    with subprocess.Popen([sys.executable, "-m", "ssod_fast.cli", "ops", "--json"], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == cli.FAILED
+
+
 def test_precedence_of_settings(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("labeled: d\niters: 70\nlr: 0.5\nmethod: {name: mixpl, unsup_weight: 4.0}\nmodel: torchvision:retinanet_resnet50_fpn\n")
@@ -93,6 +140,20 @@ def test_short_names() -> None:
     assert parse_train(["d", "--resume", "auto"]).resume == "auto"
 
 
+def test_settings_of_the_run_decide_those_of_the_method(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method.unlabeled_batch follows from batch \(2 here\) and cannot be 7: leave it out"):
+        parse_train(["d", "--method.unlabeled-batch", "7", "--batch", "1:2"])
+    with pytest.raises(ConfigError, match=r"method.seed follows from seed \(0 here\) and cannot be 5: leave it out and set --seed"):
+        parse_train(["d", "--method.seed", "5"])
+    path = tmp_path / "config.yaml"
+    write_config(resolve(parse_train(["d", "--batch", "1:2", "--seed", "3"])), path)
+    changed = resolve(parse_train(["--config", str(path), "--batch", "1:5", "--seed", "6"]))
+    assert (changed.method.unlabeled_batch, changed.method.seed) == (5, 6)
+    path.write_text("labeled: d\nbatch: '1:2'\nmethod: {name: mixpl, unlabeled_batch: 7}\n")
+    with pytest.raises(ConfigError, match="unlabeled_batch follows from batch"):
+        parse_train(["--config", str(path)])
+
+
 def test_early_options_need_values() -> None:
     with pytest.raises(ConfigError, match="--method needs a value"):
         parse_train(["d", "--method"])
@@ -114,8 +175,18 @@ def test_early_options_need_values() -> None:
         (["train", "d", "--batch", "x"], 2, "batch must be LABELED or LABELED:UNLABELED"),
         (["val", "/nowhere", "/nowhere"], 3, "no detector at /nowhere"),
         (["report"], 2, "report needs at least one run folder"),
+        (["report", "/nowhere"], 3, "expected a run folder, got '/nowhere', which is not a folder"),
+        (["split", "/nope.json", "--out", "{tmp}"], 3, "/nope.json does not exist: expected a COCO json or a folder that holds one"),
+        (["split", "{tmp}", "--out", "{tmp}"], 3, "holds no COCO json"),
+        (["split", "x.json", "--out", "/dev/null/x"], 1, "cannot write to the folder /dev/null/x: Not a directory"),
+        (["predict", "r", "i", "--out", "/dev/null/x/p.json"], 1, "cannot write to the folder /dev/null/x"),
+        (["predict", "r", "i", "--out", "{tmp}"], 2, "--out must be a file, got the folder"),
+        (["val", __file__, "/nowhere"], 3, "a detector is in weights/best_*.safetensors of a run folder, last.pt is for resuming alone"),
         (["ops", "--verbose"], 2, "ops takes no option but --json, got --verbose"),
         (["train", "--help"], 0, "--optimizer.clip-norm"),
+        (["train", "--help"], 0, "LABELED [UNLABELED]"),
+        (["val", "--help"], 0, "CHECKPOINT DATA"),
+        (["predict", "--help"], 0, "by default the teacher if there is one"),
     ],
 )
 def test_exit_codes(arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

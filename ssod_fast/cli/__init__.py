@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -66,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(module: str, rest: list[str], output: Output) -> int:
     """Runs a command and turns what goes wrong into an exit code and one line."""
     try:
-        return int(importlib.import_module(f"ssod_fast.cli.{module}").run(rest, output))
+        code = int(importlib.import_module(f"ssod_fast.cli.{module}").run(rest, output))
+        sys.stdout.flush()  # a reader that is gone shows here, not when the process ends
+        return code
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         return output.error(INTERRUPTED, "interrupted")
     except SystemExit as stop:  # tyro has printed help (0) or what is wrong with the options (2)
@@ -85,12 +91,13 @@ def _guarded(module: str, rest: list[str], output: Output) -> int:
 def _code_of(error: Exception) -> int | None:
     """Exit code of errors that are about the user's input or machine; None for a fault of the program."""
     from ssod_fast.data.image_io import UnreadableImageError
+    from ssod_fast.report.runs import NoRunError
     from ssod_fast.training.sets import DataError
     from ssod_fast.training.trainer import TrainingFailed
     from ssod_fast.training.tree import ConfigError
 
     if isinstance(error, ConfigError):
         return USAGE
-    if isinstance(error, (DataError, UnreadableImageError, FileNotFoundError)):
+    if isinstance(error, (DataError, NoRunError, UnreadableImageError, FileNotFoundError)):
         return DATA
     return FAILED if isinstance(error, (TrainingFailed, PermissionError, ImportError)) else None

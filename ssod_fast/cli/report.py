@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ssod_fast.report import build_report
 from ssod_fast.training.tree import ConfigError
@@ -19,7 +20,7 @@ class ReportOptions:
     """Writes one self-contained page on one or several runs."""
 
     # Run folders.
-    runs: Positional[tuple[Path, ...]]
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN [RUN ...]]")]
     # File to write; report.html in the first run's folder without it.
     out: Path | None = None
 

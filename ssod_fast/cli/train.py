@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from ssod_fast.training.config import TrainConfig, config_from_tree, read_tree, split_method
+from ssod_fast.training.config import TrainConfig, config_from_tree, read_tree, refuse_overridden, split_method
 from ssod_fast.training.tree import ConfigError
 
 from .output import Output
@@ -25,7 +25,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig[Any]:
     Which options exist depends on --method, so that and --config are read before tyro sees the rest.
 
     Raises:
-        ConfigError: a config file that cannot be used.
+        ConfigError: a config file that cannot be used, or a setting that another one decides.
         SystemExit: help was printed (0), or options are wrong (2).
     """
     rest, early = _take(list(arguments), ("--method", "--config"))
@@ -47,6 +47,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig[Any]:
         args=_expand(rest),
         default=default,
     )
+    refuse_overridden(parsed, default.method)
     return parsed
 
 

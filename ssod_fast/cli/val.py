@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ssod_fast.training.validate import Which, metrics_table, validate
 
@@ -18,9 +19,9 @@ class ValOptions:
     """Evaluates the detectors of a run on a labelled set."""
 
     # Run folder, or one of its best_*.safetensors.
-    checkpoint: Positional[Path]
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
     # COCO json, YOLO data.yaml, or a COCO, YOLO or VOC folder.
-    data: Positional[Path]
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
     # Models of a run folder.
     which: Which = "both"
     # Which annotation file of a folder.

@@ -185,7 +185,8 @@ def _drawn(source: SplitSource, percent: float, fold: int, protocol: str, seed_o
             how = {"protocol": protocol, "percent": _short(percent), "fold": fold, "seed": seed + 1000 * redraw}
             return _split(source, positions, {**how, "seed_offset": seed_offset, "redraws": redraw}, k)
     raise ValueError(
-        f"cover_classes: {MAX_REDRAWS} draws of {k} of {n} images each missed a class (last: {', '.join(missing)}); raise percent"
+        f"cover_classes: {MAX_REDRAWS} draws of {k} of {n} images each missed a class (last: {', '.join(missing)}); "
+        "raise percent or turn it off"
     )
 
 

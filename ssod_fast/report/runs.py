@@ -17,6 +17,10 @@ BASELINE_METHOD = "supervised"
 METRICS_FILE = "metrics.jsonl"
 
 
+class NoRunError(ValueError):
+    """A folder that holds no run."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run as far as it can be read.
@@ -208,12 +212,12 @@ def read_run(folder: Path, label: str | None = None) -> Run:
         label: name on the page; default: the name in the run line, else the folder name.
 
     Raises:
-        ValueError: the folder does not exist or has no metrics.jsonl, so that there is nothing to report.
+        NoRunError: the folder does not exist or has no metrics.jsonl, so that there is nothing to report.
     """
     if not folder.is_dir():
-        raise ValueError(f"runs: expected a run folder, got {str(folder)!r}, which is not a folder")
+        raise NoRunError(f"runs: expected a run folder, got {str(folder)!r}, which is not a folder")
     if not (folder / METRICS_FILE).is_file():
-        raise ValueError(f"runs: expected a run folder with {METRICS_FILE}, got {str(folder)!r} without it")
+        raise NoRunError(f"runs: expected a run folder with {METRICS_FILE}, got {str(folder)!r} without it")
     problems: list[str] = []
     by_type: dict[str, list[Json]] = {}
     for line in _parse_lines(folder / METRICS_FILE, problems):

@@ -134,7 +134,8 @@ def read_detector_info(path: Path) -> DetectorInfo:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        hint = "; a detector is in weights/best_*.safetensors of a run folder, last.pt is for resuming alone"
+        raise ValueError(f"{path} is not a readable safetensors file: {error}{hint}") from error
     if metadata.get("kind") != FILE_KIND:
         raise ValueError(f"{path} does not describe its detector: expected a best_*.safetensors of a run folder")
     return DetectorInfo(**json.loads(metadata["info"]))

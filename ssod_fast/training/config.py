@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ssod_fast.data.views import ViewConfig
 from ssod_fast.methods import METHODS
@@ -32,11 +32,11 @@ class TrainConfig(Generic[M]):
     """Trains a detector on labelled images, and with a semi-supervised method on unlabelled ones too."""
 
     # Labelled set: a COCO json, a YOLO data.yaml, or a COCO, YOLO or VOC folder (its train split where it has several).
-    labeled: Positional[Path]
+    labeled: Annotated[Positional[Path], arg(metavar="LABELED")]
     # Options of the method; --method NAME chooses which.
     method: M
     # Unlabelled images: a folder (searched recursively), a txt list, a glob, or a COCO json whose annotations are not read.
-    unlabeled: Positional[str | None] = None
+    unlabeled: Annotated[Positional[str | None], arg(metavar="[UNLABELED]")] = None
     # Set for evaluation; by default the val split of the labelled folder, if it has one.
     val: Path | None = None
 
@@ -221,6 +221,23 @@ def _fit_method(method: Any, unlabeled: int, config: TrainConfig[Any]) -> Any:
     return dataclasses.replace(method, **changes)
 
 
+def refuse_overridden(config: TrainConfig[Any], before: Any) -> None:
+    """Settings of the method that :func:`resolve` takes from the run cannot be given another value.
+
+    Args:
+        config: as given.
+        before: options of the method as they were before the user's own.
+
+    Raises:
+        ConfigError: one was changed to a value that the run would override.
+    """
+    resolved = {"unlabeled_batch": ("batch", config.per_batch[1]), "seed": ("seed", config.seed)}
+    for name, (source, value) in resolved.items():
+        given = getattr(config.method, name, value)
+        if given not in (value, getattr(before, name, given)):
+            raise ConfigError(f"method.{name} follows from {source} ({value} here) and cannot be {given}: leave it out and set --{source}")
+
+
 def method_defaults(name: str, model: str) -> Any:
     """The method's options with the preset for a detector family.
 
@@ -280,7 +297,9 @@ def config_from_tree(tree: Mapping[str, Any]) -> TrainConfig[Any]:
     name, options = split_method(tree.get("method", "mixpl"))
     default = method_defaults(name, str(tree.get("model", TrainConfig.model)))
     tree["method"] = from_tree(type(default), {**to_tree(default), **options}, "method")
-    return from_tree(TrainConfig, tree, types_of={"method": type(default)})
+    config = from_tree(TrainConfig, tree, types_of={"method": type(default)})
+    refuse_overridden(config, default)
+    return config
 
 
 def split_method(value: Any) -> tuple[str, dict[str, Any]]:
