@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness import OURS, Row
 
+REASONS = Path(__file__).parent / "MISSED.md"  # written by hand, about the committed rows
 COLUMNS = [column.name for column in fields(Row)]
 Record = dict[str, str]  # one csv line
 
@@ -62,6 +63,8 @@ def write_report(results: Path, target: Path) -> None:
             sections.append(machine_section(records))
     if len(sections) == 1:
         sections.append("No rows yet.\n")
+    elif REASONS.is_file():
+        sections.insert(1, REASONS.read_text())
     target.write_text("\n".join(sections))
 
 
