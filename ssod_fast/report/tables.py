@@ -169,7 +169,9 @@ def ap_table(runs: Sequence[Run]) -> str:
                 rows.append(_ap_row(f'{name} <span class="muted">(best)</span>', best, role, reference))
     if not rows:
         return '<p class="missing">No evaluation was logged.</p>'
-    note = " Small numbers: difference to the supervised run at its last evaluation." if baseline and len(runs) > 1 else ""
+    supervised = [run.label for run in runs if run.is_baseline]
+    which = "the supervised run" + (f" {supervised[0]}" if len(supervised) > 1 else "")
+    note = f" Small numbers: difference to {text(which)} at its last evaluation." if baseline and len(runs) > 1 else ""
     caption = f'<p class="note">In percent, on the validation images. "Best" is chosen on the same images and therefore flatters.{note}</p>'
     return table(["model", "iteration", *(name for _, name in METRICS)], rows, kind="numbers") + caption
 

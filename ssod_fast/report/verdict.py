@@ -104,7 +104,8 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
         baseline = min(baselines, key=lambda other: len(_differences(group[0], other[0])))
         gap = statistics.mean(final_ap(run) for run in group) - statistics.mean(final_ap(run) for run in baseline)
         word = "above" if gap > 0 else "below"
-        fairness = _fairness(_differences(group[0], baseline[0]))
+        repeated = [] if len(group) == len(baseline) else ["number of repeats"]
+        fairness = _fairness([*repeated, *_differences(group[0], baseline[0])])
         sentences.append(f"{_who(group, runs)} is {abs(gap):.1f} AP50 points {word} {_who(baseline, runs)}. {fairness}")
     return sentences
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ssod_fast.report import build_report, html, previews
+from ssod_fast.report import build_report, html, previews, tables
 from ssod_fast.report.charts import sections
 from ssod_fast.report.runs import read_runs
 from ssod_fast.report.svg import COLORS
@@ -129,6 +129,12 @@ def test_each_method_is_compared_with_the_baseline_most_like_it(tmp_path, write_
     for sentence, iters in zip(sentences, (300, 600), strict=False):
         words = rf"mixpl{iters} is \d+\.\d AP50 points above the supervised baseline supervised{iters}\. Both share the labelled images"
         assert re.match(words, sentence)
+    assert "difference to the supervised run supervised300 at its last evaluation" in tables.ap_table(read_runs(runs))
+
+
+def test_means_over_other_numbers_of_repeats_are_named(tmp_path, write_run):
+    runs = [write_run(tmp_path / "base", method="supervised"), *(write_run(tmp_path / f"mixpl{seed}", seed=seed) for seed in range(2))]
+    assert "Careful, the runs differ in more than the method: number of repeats." in verdict(read_runs(runs))[0]
 
 
 def _edit_lines(folder, change):
