@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(module: str, rest: list[str], output: Output) -> int:
     """Runs a command and turns what goes wrong into an exit code and one line."""
     try:
-        code = int(importlib.import_module(f"ssod_fast.cli.{module}").run(rest, output))
+        result = int(importlib.import_module(f"ssod_fast.cli.{module}").run(rest, output))
         sys.stdout.flush()  # a reader that is gone shows here, not when the process ends
-        return code
+        return result
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
