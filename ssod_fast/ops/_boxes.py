@@ -40,12 +40,19 @@ def _choice(name: str, value: object, choices: dict[str, int]) -> int:
     return index
 
 
+def _is_finite(eps: object) -> bool:
+    try:
+        return 0 <= eps < math.inf  # type: ignore[operator]
+    except TypeError:  # a string, for example
+        return False
+
+
 def make_rule(mode: str, fmt: str, eps_mode: str, eps: float | None) -> Rule:
     """Checks the four options that every function of the family takes and fills in the default eps."""
     eps_id = _choice("eps_mode", eps_mode, EPS_MODES)
     if eps is None:
         eps = _DEFAULT_EPS[eps_id]
-    elif not 0 <= eps < math.inf:
+    elif not _is_finite(eps):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     return Rule(_choice("mode", mode, MODES), _choice("fmt", fmt, FORMATS), eps_id, eps)
 
@@ -59,8 +66,20 @@ def nan_is_zero(nan: str) -> bool:
     raise ValueError(f"nan must be 'propagate' or 'zero', got {nan!r}")
 
 
-def _computable(boxes: Tensor, dtype: torch.dtype) -> Tensor:
+def check_dtype(dtype: object) -> None:
+    """Refuses what is no floating dtype as the dtype of a result."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype!r}")
+
+
+def _refuse_sparse(name: str, boxes: Tensor) -> None:
+    if boxes.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {boxes.layout}")
+
+
+def _computable(boxes: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`boxes` in the compute dtype with the four numbers of a box side by side; no copy if they already are."""
+    _refuse_sparse(name, boxes)
     boxes = boxes.to(dtype)
     return boxes if boxes.stride(-1) == 1 else boxes.contiguous()
 
@@ -78,10 +97,15 @@ def as_computable(boxes1: Tensor, boxes2: Tensor, name1: str = "boxes1", name2: 
         raise ValueError(f"{name1} and {name2} must be on one device, got {boxes1.device} and {boxes2.device}")
     wide = boxes1.dtype is torch.float64 or boxes2.dtype is torch.float64
     dtype = torch.float64 if wide else torch.float32
-    if boxes1.dtype is not dtype or boxes1.stride(-1) != 1:
-        boxes1 = _computable(boxes1, dtype)
-    if boxes2.dtype is not dtype or boxes2.stride(-1) != 1:
-        boxes2 = _computable(boxes2, dtype)
+    try:  # costs nothing, unlike a look at the layouts
+        if boxes1.dtype is not dtype or boxes1.stride(-1) != 1:
+            boxes1 = _computable(boxes1, dtype, name1)
+        if boxes2.dtype is not dtype or boxes2.stride(-1) != 1:
+            boxes2 = _computable(boxes2, dtype, name2)
+    except RuntimeError:  # compressed sparse tensors have no strides
+        _refuse_sparse(name1, boxes1)
+        _refuse_sparse(name2, boxes2)
+        raise
     return boxes1, boxes2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -61,8 +62,8 @@ def box_iou(
     _boxes.check_pairwise(boxes1, boxes2)
     if dtype is None:
         dtype = boxes1.dtype
-    elif not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    else:
+        _boxes.check_dtype(dtype)
     if out is not None:
         return _into(boxes1, boxes2, rule, nan_zero, dtype, out)
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
@@ -73,16 +74,19 @@ def box_iou(
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor, fmt: Format = "xyxy", **options: Any) -> Tensor:
     """:func:`box_iou` with mode "giou"; torchvision's name and argument order."""
+    _check_free(options, "generalized_box_iou", "giou")
     return box_iou(boxes1, boxes2, mode="giou", fmt=fmt, **options)
 
 
 def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, fmt: Format = "xyxy", **options: Any) -> Tensor:
     """:func:`box_iou` with mode "diou"; torchvision's name and argument order (`eps` counts in eps modes other than "zero")."""
+    _check_free(options, "distance_box_iou", "diou")
     return box_iou(boxes1, boxes2, mode="diou", eps=eps, fmt=fmt, **options)
 
 
 def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, fmt: Format = "xyxy", **options: Any) -> Tensor:
     """:func:`box_iou` with mode "ciou"; torchvision's name and argument order (`eps` counts in eps modes other than "zero")."""
+    _check_free(options, "complete_box_iou", "ciou")
     return box_iou(boxes1, boxes2, mode="ciou", eps=eps, fmt=fmt, **options)
 
 
@@ -129,12 +133,19 @@ def ragged_box_iou(
     boxes1, boxes2 = _boxes.as_computable(boxes1, boxes2)
     _boxes.refuse_grad("ragged_box_iou", boxes1, boxes2)
     offsets1, offsets2, largest = _boxes.check_ragged(boxes1, offsets1, boxes2, offsets2)
+    if not isinstance(max_boxes2, Integral | torch.SymInt):
+        raise TypeError(f"max_boxes2 must be an integer, got {max_boxes2!r}")
     if max_boxes2 < (largest or 0):
         raise ValueError(f"max_boxes2 must be at least the largest number of boxes of an image ({largest or 0}), got {max_boxes2}")
     dtype = dtype or boxes1.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    _boxes.check_dtype(dtype)
     return _ragged(boxes1, offsets1, boxes2, offsets2, max_boxes2, pad_value, *rule, nan_zero, dtype)
+
+
+def _check_free(options: dict[str, Any], function: str, mode: Mode) -> None:
+    """Refuses a second mode."""
+    if "mode" in options:
+        raise TypeError(f"mode must not be given: {function} fixes it to {mode!r}, got {options['mode']!r}; box_iou takes any")
 
 
 def _into(boxes1: Tensor, boxes2: Tensor, rule: Rule, nan_zero: bool, dtype: torch.dtype, out: Tensor) -> Tensor:

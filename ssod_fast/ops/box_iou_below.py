@@ -58,8 +58,8 @@ def box_iou_below(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """True where **every** overlap of a box with the others is strictly below the threshold. Carries no gradient.
 
-    A NaN pair makes its row False; a box without others is True. The matrix is never stored, and without `return_max` a row stops at its
-    first hit.
+    A NaN pair makes its row False, because NaN is not below anything; the maxima skip such pairs. So a box that is not finite is False
+    with maximum 0. A box without others is True. The matrix is never stored, and without `return_max` a row stops at its first hit.
 
     Args:
         boxes: [..., N, 4]; [ΣN, 4] with offsets.
@@ -78,15 +78,23 @@ def box_iou_below(
 
     Raises:
         ValueError: for wrong shapes, devices, offsets, option names, or a NaN threshold.
-        TypeError: for wrong dtypes.
+        TypeError: for wrong dtypes, or a threshold that is no number.
     """
-    if math.isnan(threshold):
-        raise ValueError("threshold must be a number, got nan")
+    _check_threshold(threshold)
     rule = _boxes.make_rule(mode, fmt, eps_mode, eps)
     boxes, others = _boxes.as_computable(boxes, others, "boxes", "others")
     offsets1, offsets2 = _boxes.check_batching(boxes, others, offsets1, offsets2, "boxes", "others")
     below, maxima = _op(boxes.detach(), others.detach(), offsets1, offsets2, threshold, *rule, return_max)
     return (below, maxima) if return_max else below
+
+
+def _check_threshold(threshold: float) -> None:
+    try:
+        is_nan = math.isnan(threshold)
+    except TypeError as error:
+        raise TypeError(f"threshold must be a number, got {threshold!r}") from error
+    if is_nan:
+        raise ValueError("threshold must be a number, got nan")
 
 
 def _reference(

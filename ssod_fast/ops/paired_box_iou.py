@@ -76,23 +76,36 @@ def paired_iou_loss(
         eps_mode: see :func:`box_iou`.
         eps: see :func:`box_iou`.
         nan: see :func:`box_iou`.
-        weight: broadcastable to [...], or None for 1.
+        weight: broadcastable to [...] without enlarging it, or None for 1.
         reduction: "none", "sum", or "mean" over the pairs (0 if there is none).
 
     Returns:
         [...] or a scalar.
 
     Raises:
-        ValueError: as :func:`paired_box_iou`, and for an unknown reduction.
+        ValueError: as :func:`paired_box_iou`, and for an unknown reduction or a weight of another shape.
+        TypeError: as :func:`paired_box_iou`, and for a weight that is no tensor.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     loss = 1 - paired_box_iou(boxes1, boxes2, mode=mode, fmt=fmt, eps_mode=eps_mode, eps=eps, nan=nan)
     if weight is not None:
+        _check_weight(weight, loss.shape)
         loss = loss * weight
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(loss.numel(), 1)
+
+
+def _check_weight(weight: Tensor, shape: torch.Size) -> None:
+    """Refuses weights that a product with the pairs would enlarge: [N, 1] against [N] would become [N, N]."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    fits = weight.dim() <= len(shape) and all(
+        given in (1, wanted) for given, wanted in zip(reversed(weight.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"weight must broadcast to the pairs, of shape {list(shape)}, got {list(weight.shape)}")
 
 
 def _broadcast(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:

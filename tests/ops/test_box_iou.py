@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -194,8 +195,12 @@ def test_out_must_not_overlap_the_boxes_in_memory() -> None:
         ({"eps_mode": ["zero"]}, ValueError, "eps_mode must be one of 'zero', 'none', 'max', 'add', got"),
         ({"eps": -1e-7}, ValueError, "eps must be a finite number >= 0, got -1e-07"),
         ({"eps": float("nan")}, ValueError, "eps must be a finite number >= 0, got nan"),
+        ({"eps": "small"}, ValueError, "eps must be a finite number >= 0, got 'small'"),
         ({"nan": "raise"}, ValueError, "nan must be 'propagate' or 'zero', got 'raise'"),
         ({"dtype": torch.int32}, TypeError, r"dtype must be a floating dtype, got torch\.int32"),
+        ({"dtype": "float16"}, TypeError, "dtype must be a floating dtype, got 'float16'"),
+        ({"boxes1": torch.zeros(3, 4).to_sparse()}, TypeError, r"boxes1 must be a dense tensor, got layout torch\.sparse_coo"),
+        ({"boxes2": torch.zeros(3, 4).double().to_sparse()}, TypeError, "boxes2 must be a dense tensor"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -374,6 +379,20 @@ def test_ragged_equals_loop(device: str, offset_dtype: torch.dtype) -> None:
             assert (actual[rows, width:] == -3).all()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_compressed_sparse_boxes_are_refused() -> None:
+    boxes = valid_boxes(3)
+    with pytest.raises(TypeError, match=r"boxes2 must be a dense tensor, got layout torch\.sparse_csr"):
+        box_iou(boxes, boxes.to_sparse_csr())
+
+
+@pytest.mark.parametrize(("function", "mode"), [(generalized_box_iou, "giou"), (distance_box_iou, "diou"), (complete_box_iou, "ciou")])
+def test_functions_of_one_mode_refuse_another(function: Callable[..., Tensor], mode: str) -> None:
+    boxes = valid_boxes(3)
+    with pytest.raises(TypeError, match=f"mode must not be given: {function.__name__} fixes it to '{mode}', got 'iou'; box_iou takes any"):
+        function(boxes, boxes, mode="iou")
+
+
 def test_ragged_edges() -> None:
     boxes1, offsets1, boxes2, offsets2 = ragged_case()
     none = torch.zeros(1, dtype=torch.int64)
@@ -387,6 +406,12 @@ def test_ragged_edges() -> None:
         ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=69)
     with pytest.raises(TypeError, match=r"offsets1 must be int32 or int64, got torch\.float32"):
         ragged_box_iou(boxes1, offsets1.float(), boxes2, offsets2, max_boxes2=70)
+    with pytest.raises(TypeError, match="boxes1 must be a tensor, got NoneType"):
+        ragged_box_iou(None, offsets1, boxes2, offsets2, max_boxes2=70)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="max_boxes2 must be an integer, got None"):
+        ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="dtype must be a floating dtype, got 'half'"):
+        ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=70, dtype="half")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="offsets2 must be a tensor, got list"):
         ragged_box_iou(boxes1, offsets1, boxes2, [0, 1], max_boxes2=70)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="equal lengths, got 5 and 4"):

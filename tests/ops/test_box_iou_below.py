@@ -71,8 +71,22 @@ def test_shapes_and_dtypes() -> None:
     assert not box_iou_below(boxes[:1], boxes[1:2], third).any()
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_box_of_nan_is_false_with_maximum_zero(batched: bool) -> None:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [torch.nan, 0, 4, 4], [50, 50, 60, 60]])
+    others = torch.tensor([[0.0, 0, 4, 4], [20, 20, 30, 30]])
+    offsets = {"offsets1": torch.tensor([0, 3]), "offsets2": torch.tensor([0, 2])} if batched else {}
+    below, maxima = box_iou_below(boxes, others, 0.5, return_max=True, **offsets)
+    assert below.tolist() == [False, False, True]
+    assert maxima.tolist() == [1, 0, 0]
+
+
 def test_bad_input() -> None:
     boxes = valid_boxes(3)
+    with pytest.raises(TypeError, match="threshold must be a number, got 'high'"):
+        box_iou_below(boxes, boxes, "high")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"others must be a dense tensor, got layout torch\.sparse_coo"):
+        box_iou_below(boxes, boxes.to_sparse(), 0.5)
     with pytest.raises(ValueError, match="threshold must be a number, got nan"):
         box_iou_below(boxes, boxes, float("nan"))
     with pytest.raises(ValueError, match=r"others must have shape \[..., 4\], got \[3, 2\]"):

@@ -158,6 +158,22 @@ def test_loss_reductions() -> None:
         paired_iou_loss(boxes1, boxes2, reduction="avg")  # type: ignore[arg-type]
 
 
+def test_weights_of_the_loss_do_not_enlarge_it() -> None:
+    boxes1, boxes2 = valid_boxes(2, 9), valid_boxes(2, 9, seed=1)
+    each = paired_iou_loss(boxes1, boxes2, reduction="none")
+    for shape in ((), (1,), (9,), (2, 1), (1, 9), (2, 9)):
+        weight = torch.rand(shape)
+        assert torch.equal(paired_iou_loss(boxes1, boxes2, weight=weight, reduction="none"), each * weight)
+    with pytest.raises(ValueError, match=r"weight must broadcast to the pairs, of shape \[9\], got \[9, 1\]"):
+        paired_iou_loss(boxes1[0], boxes2[0], weight=torch.ones(9, 1))
+    with pytest.raises(ValueError, match=r"weight must broadcast to the pairs, of shape \[1\], got \[9\]"):
+        paired_iou_loss(boxes1[0, :1], boxes2[0, :1], weight=torch.ones(9))
+    with pytest.raises(ValueError, match=r"weight must broadcast to the pairs, of shape \[2, 9\], got \[8\]"):
+        paired_iou_loss(boxes1, boxes2, weight=torch.ones(8))
+    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
+        paired_iou_loss(boxes1, boxes2, weight=[1.0] * 9)  # type: ignore[arg-type]
+
+
 def test_bad_input() -> None:
     boxes = valid_boxes(3)
     with pytest.raises(ValueError, match=r"boxes1 and boxes2 must broadcast, got \[3, 4\] and \[5, 4\]"):
