@@ -55,8 +55,9 @@ def _linear_taps(u, inv, size):
 
 @triton.jit
 def _triangle_taps(u, radius, inv, size):
-    """First and last + 1 source index under a triangle of that radius, and its centre."""
+    """First and last + 1 source index under a triangle of that radius, and its centre; low >= high where it lies beyond the source."""
     centre = inv * (u.to(tl.float32) + 0.5)
+    centre = tl.where(inv > 1.0, centre, tl.minimum(centre, size - 0.5))  # bilinear repeats the border beyond the source
     low = tl.maximum(centre - radius + 0.5, 0.0).to(tl.int32)
     high = tl.minimum((centre + radius + 0.5).to(tl.int32), size)
     return low, high, centre
@@ -75,7 +76,7 @@ def _triangle_total(low, high, centre, radius):
     while tap < (2.0 * radius).to(tl.int32) + 2:
         total += _triangle_weight(low + tap, low, high, centre, radius)
         tap += 1
-    return tl.where(total > 0, total, 1.0)  # no tap at all: only outside of the visible rectangle
+    return tl.where(total > 0, total, 1.0)  # no tap at all: beyond the source, the sample is 0
 
 
 @triton.jit

@@ -9,7 +9,7 @@ NEAREST, BILINEAR, BILINEAR_AA = 0, 1, 2
 
 
 def axis_weights(u: Tensor, inv: Tensor, size: Tensor, n_in: int, interp: int) -> Tensor:
-    """Weights of the source pixels for every output pixel of an axis; each row sums to 1.
+    """Weights of the source pixels for every output pixel of an axis; each row sums to 1, but for the one case named below.
 
     All arithmetic is float32 in exactly this order: which pixel is read, and how much it counts, hangs on its rounding.
 
@@ -21,7 +21,7 @@ def axis_weights(u: Tensor, inv: Tensor, size: Tensor, n_in: int, interp: int) -
         interp: NEAREST, BILINEAR or BILINEAR_AA.
 
     Returns:
-        float32 [B, n, n_in].
+        float32 [B, n, n_in]. With BILINEAR_AA a row of a shrinking axis is all 0 where its triangle lies beyond the source.
     """
     inv, last = inv[:, None], (size - 1)[:, None]
     if interp == NEAREST:
@@ -52,4 +52,5 @@ def _triangle(u: Tensor, inv: Tensor, size: Tensor, n_in: int) -> Tensor:
     j = torch.arange(n_in, device=u.device)
     weight = (1 - ((j - centre + 0.5) / radius).abs()).clamp(min=0)
     weight = torch.where((j >= lo) & (j < hi), weight, 0)
-    return weight / weight.sum(-1, keepdim=True)
+    total = weight.sum(-1, keepdim=True)
+    return weight / total.where(total > 0, 1)

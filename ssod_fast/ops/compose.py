@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from ssod_fast.structures import PaddedTargets, upload
 from ._registry import register
 from ._sampling import axis_weights
 from .compose_boxes import compose_boxes
-from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables
+from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables, host_plan
 
 __all__ = ["cache_view", "cache_write", "compose", "compose_boxes", "compose_images", "valid_mask"]
 
@@ -51,11 +52,16 @@ def compose_images(
     result is (P - mean) / std on the canvas and `pad_value` beyond it. The residual term makes partial cover exact: with fill "mean" a
     pixel that only one of two mixup images covers has half intensity in normalised units, as in MixPL (arXiv 2312.07006).
 
+    On a GPU a plan, host `sizes` and the addresses of a list are uploaded through pinned memory that every call allocates. To avoid that,
+    and in CUDA graphs, which cannot record it, pass dense blocks with `sizes` on the device and an uploaded plan.
+
     Args:
         sources: a list of [3, h, w] tensors of any strides, or all [h, w, 3]; or a dense block [N, 3, H, W], or a sequence of up to two
             of them, whose images are then numbered through. uint8, float16, bfloat16 or float32, in the unit of `mean`.
         plan: geometry of the mix; pass `plan.to(device)` to upload it once for several calls, and inside torch.compile.
-        sizes: [N, 2] true (height, width) of the images in dense blocks; by default all of the block. Integers, host or device.
+        sizes: [N, 2] true (height, width) of the images in dense blocks; by default all of the block. Integers, host or device. On a
+            device they are not read: they are clamped to the block, and where a plan reaches beyond them S_k repeats the border, or is 0
+            where "bilinear_aa" shrinks and finds nothing under its triangle.
         out_hw: height and width of the result, by default the largest canvas rounded up to a multiple of 32.
         mean: per output channel, in source units (0..255 for uint8).
         std: like `mean`.
@@ -72,14 +78,17 @@ def compose_images(
         [B, 3, *out_hw] of `out_dtype`.
 
     Raises:
-        ValueError: for wrong shapes or options, and for a plan that does not fit; names the canvas and the placement.
-        TypeError: for dtypes that do not mix or are not supported.
+        ValueError: for wrong shapes or options, and for a plan that does not fit, because it has more sources or was made for larger ones
+            (checked outside of torch.compile, as far as the host knows the sizes); names the canvas and the placement.
+        TypeError: for dtypes that do not mix or are not supported, and for what is no plan.
     """
     images, block_sizes = _check_sources(sources, sizes)
-    host = plan.host if isinstance(plan, PlanTables) else plan
-    out_hw = host.padded_hw() if out_hw is None else (int(out_hw[0]), int(out_hw[1]))
+    host = host_plan(plan)
+    out_hw = host.padded_hw() if out_hw is None else _two_integers("out_hw", out_hw)
     host.check_out_hw(out_hw)
     host.check_sources(_count(images))
+    if not torch.compiler.is_compiling():  # a compiled graph would hold for this one plan
+        host.check_sizes(_known_sizes(images, block_sizes))
     if _choice("blend", blend, BLEND) is False:
         host.check_weights()
     mean, std, fill = _check_colours(mean, std, fill, out_dtype)
@@ -121,7 +130,7 @@ def compose(
     Returns:
         The images [B, 3, *out_hw] and their targets.
     """
-    tables = plan if isinstance(plan, PlanTables) else plan.to(targets.device)
+    tables = plan if isinstance(plan, PlanTables) else host_plan(plan).to(targets.device)
     images = compose_images(sources, tables, **options)
     return images, compose_boxes(targets, tables, rule=rule, nmax=nmax, blend=options.get("blend", "sum"))
 
@@ -143,16 +152,18 @@ def cache_write(ring: Tensor, images: Sequence[Tensor], slots: Sequence[int]) ->
 
     Args:
         ring: [R, capacity], one image per row, written in place.
-        images: [3, h, w] of any strides (or all [h, w, 3]), dtype and device of the ring, 3 * h * w <= capacity.
+        images: [3, h, w] of any strides (or all [h, w, 3]), dtype and device of the ring, 3 * h * w <= capacity. They must not be views
+            of the slots that are written (clone them first): the copies run in no fixed order.
         slots: the rows to write, all different.
 
     Raises:
         ValueError: for a ring that is not 2-D and contiguous, an image that is not 3-D or does not fit, a slot outside the ring or given
             twice.
-        TypeError: for another dtype than the ring's.
+        TypeError: for another dtype than the ring's, or a slot that is no integer.
     """
-    if ring.dim() != 2 or not ring.is_contiguous():
-        raise ValueError(f"ring must be a contiguous [R, capacity] tensor, got {list(ring.shape)} with strides {ring.stride()}")
+    _check_ring(ring)
+    if not all(isinstance(slot, Integral) for slot in slots):
+        raise TypeError(f"slots must be integers, got {list(slots)}")
     if len(images) != len(slots):
         raise ValueError(f"slots must have one entry per image, got {len(slots)} for {len(images)} images")
     if len(set(slots)) != len(slots) or not all(0 <= slot < ring.shape[0] for slot in slots):
@@ -171,8 +182,20 @@ def cache_write(ring: Tensor, images: Sequence[Tensor], slots: Sequence[int]) ->
 
 
 def cache_view(ring: Tensor, slot: int, size: tuple[int, int]) -> Tensor:
-    """The image of (height, width) `size` in a slot of the ring: [3, h, w], a view."""
-    height, width = size
+    """The image of (height, width) `size` in a slot of the ring: [3, h, w], a view.
+
+    Raises:
+        ValueError: for a ring as :func:`cache_write` refuses it, a slot outside the ring, or a size that a slot cannot hold.
+        TypeError: for a slot or a size that is not made of integers.
+    """
+    _check_ring(ring)
+    height, width = _two_integers("size", size)
+    if not isinstance(slot, Integral):
+        raise TypeError(f"slot must be an integer, got {slot!r}")
+    if not 0 <= slot < ring.shape[0]:
+        raise ValueError(f"slot must lie in [0, {ring.shape[0]}), got {slot}")
+    if height < 1 or width < 1 or 3 * height * width > ring.shape[1]:
+        raise ValueError(f"size must be positive with 3 * h * w <= {ring.shape[1]}, what a slot of the ring holds, got {(height, width)}")
     return ring[slot, : 3 * height * width].view(3, height, width)
 
 
@@ -183,6 +206,19 @@ def _choice(name: str, value: str, options: dict[str, Any]) -> Any:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
     return options[value]
+
+
+def _check_ring(ring: Tensor) -> None:
+    if not isinstance(ring, Tensor):
+        raise TypeError(f"ring must be a tensor, got {type(ring).__name__}")
+    if ring.dim() != 2 or not ring.is_contiguous():
+        raise ValueError(f"ring must be a contiguous [R, capacity] tensor, got {list(ring.shape)} with strides {ring.stride()}")
+
+
+def _two_integers(name: str, value: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(side, Integral | torch.SymInt) for side in value):
+        raise TypeError(f"{name} must be two integers (height, width), got {value!r}")
+    return int(value[0]), int(value[1])
 
 
 def _tables(plan: ComposePlan | PlanTables, images: list[Tensor]) -> PlanTables:
@@ -251,6 +287,15 @@ def _check_sizes(blocks: list[Tensor], sizes: Sizes | None) -> Tensor:
     if given.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((given < 1) | (given > full)).any()):
         raise ValueError(f"sizes must lie between 1 and the block's own, got {given.tolist()}")
     return given.contiguous()
+
+
+def _known_sizes(images: list[Tensor], block_sizes: Tensor | None) -> list[Any]:
+    """(height, width) of every source as far as the host knows them: sizes on a device are not read, the block bounds them."""
+    if block_sizes is None:
+        return [image.shape[1:] for image in images]
+    if type(block_sizes) is Tensor and block_sizes.device.type == "cpu":  # not a fake tensor
+        return block_sizes.tolist()
+    return [block.shape[-2:] for block in images for _ in range(block.shape[0])]
 
 
 def _count(images: list[Tensor]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssod_fast.structures import PAD_LABEL, PaddedTargets
 
 from ._registry import register
-from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables
+from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables, host_plan
 
 AREA_EPS = 1e-7  # added to areas that divide, as in MixPL's erase filter
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -51,7 +51,7 @@ def compose_boxes(
         ValueError: for a plan that does not fit the targets, or a negative nmax.
     """
     rule = BoxRule() if rule is None else rule
-    host = plan.host if isinstance(plan, PlanTables) else plan
+    host = host_plan(plan)
     host.check_sources(len(targets))
     if blend not in ("sum", "over"):
         raise ValueError(f"blend must be one of sum, over, got {blend!r}")

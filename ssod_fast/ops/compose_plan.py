@@ -128,6 +128,8 @@ class ComposePlan:
         erase: int32 [B, K, E, 4], rectangles x0, y0, x1, y1 per placement, in its own frame after resize and flip.
         erase_canvas: int32 [B, Ec, 4], rectangles per canvas, over everything; pixels only, boxes do not see them.
         max_src: the highest source index, -1 without any.
+        reads: (source, height, width) of every visible placement in order: the least size of the source in which each pixel of the resized
+            source begins.
         max_canvas: (height, width) that hold every canvas.
         sums_to_one: whether overlapping placements nowhere weigh more than 1 together.
 
@@ -142,6 +144,7 @@ class ComposePlan:
     erase: IntArray
     erase_canvas: IntArray
     max_src: int
+    reads: tuple[tuple[int, int, int], ...]
     max_canvas: tuple[int, int]
     sums_to_one: bool
 
@@ -166,6 +169,7 @@ class ComposePlan:
         self._set("erase_canvas", _table("erase_canvas", erase_canvas, np.int32, (batch, None, 4)))
         self._check()
         self._set("max_src", int(int_table[..., PlaceI.SRC].max(initial=-1)))
+        self._set("reads", self._least_sizes())
         self._set("max_canvas", (int(canvas_table[:, 0].max(initial=0)), int(canvas_table[:, 1].max(initial=0))))
         self._set("sums_to_one", bool((self._weight_sums() <= 1 + WEIGHT_SLACK).all()))
 
@@ -243,11 +247,32 @@ class ComposePlan:
             b, k = np.argwhere(self.place_i[..., PlaceI.SRC] >= n)[0]
             raise ValueError(f"canvas {b}, placement {k}: src is {self.place_i[b, k, PlaceI.SRC]}, but there are {n} sources")
 
+    def check_sizes(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Raises ValueError where a placement reaches beyond its source; `sizes` are the (height, width) of all sources.
+
+        A source that is larger than the plan was made for passes: only the part that the plan knows is read.
+        """
+        for i, (src, height, width) in enumerate(self.reads):
+            if sizes[src][0] < height or sizes[src][1] < width:
+                b, k = np.argwhere(self._used())[i]
+                raise ValueError(
+                    f"canvas {b}, placement {k}: out_w, out_h and inv need a source of at least {(height, width)} (height, width), "
+                    f"but source {src} is {tuple(sizes[src])}"
+                )
+
     def check_out_hw(self, out_hw: tuple[int, int]) -> None:
         """Raises ValueError where a canvas does not fit into the output."""
         if self.max_canvas[0] > out_hw[0] or self.max_canvas[1] > out_hw[1]:
             b = int(np.argwhere((self.canvas > np.asarray(out_hw)).any(1))[0, 0])
             raise ValueError(f"out_hw must hold every canvas, got {out_hw}, but canvas {b} is {tuple(self.canvas[b].tolist())}")
+
+    def _least_sizes(self) -> tuple[tuple[int, int, int], ...]:
+        used = self._used()
+        place_i, place_f = self.place_i[used], self.place_f[used]
+        last = (place_i[:, [PlaceI.OUT_H, PlaceI.OUT_W]] - 1) * place_f[:, [PlaceF.INV_Y, PlaceF.INV_X]].astype(np.float64)
+        least = np.minimum(last, np.iinfo(np.int32).max).astype(np.int64) + 1  # where the last output pixel begins, and that pixel
+        rows = zip(place_i[:, PlaceI.SRC].tolist(), *least.T.tolist(), strict=True)
+        return tuple(rows)
 
     def _weight_sums(self) -> FloatArray:
         """[B, K]: the largest sum of weights over the points of placement k.
@@ -298,6 +323,15 @@ class ComposePlan:
             floats = dict(zip((c.name.lower() for c in PlaceF), self.place_f[b, k].tolist(), strict=True))
             canvas = tuple(self.canvas[b].tolist())
             raise ValueError(f"canvas {b} {canvas}, placement {k}: {message}, got {values | floats}")
+
+
+def host_plan(plan: ComposePlan | PlanTables) -> ComposePlan:
+    """The plan, or the one that tables came from."""
+    if isinstance(plan, PlanTables):
+        return plan.host
+    if not isinstance(plan, ComposePlan):
+        raise TypeError(f"plan must be a ComposePlan or its PlanTables, got {type(plan).__name__}")
+    return plan
 
 
 def blank_tables(batch: int, places: int, patches: int = 0) -> dict[str, npt.NDArray[Any]]:

@@ -102,6 +102,22 @@ def test_resizing_equals_torch(interp: Any, antialias: bool, out_hw: tuple[int, 
     torch.testing.assert_close(ours, interpolate(image[None], out_hw, mode="bilinear", antialias=antialias), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("inv", [(2.0, 2.0), (2.0, 0.9), (0.9, 2.0), (0.9, 0.9)])
+def test_all_implementations_agree_beyond_the_source(
+    inv: tuple[float, float], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pixels per side at these scales need a larger source than 7x7; with sizes on a device the host cannot know."""
+    monkeypatch.setattr(ComposePlan, "check_sizes", lambda plan, sizes: None)
+    source = torch.arange(1.0, 50.0).repeat(3).view(3, 7, 7).to(device)
+    plan = ComposePlan.from_placements([(10, 10)], [[Placement(0, (10, 10), inv=inv)]])
+    ours = compose_images([source], plan, out_hw=(10, 10), interp="bilinear_aa").cpu()
+    rows, columns = (4 if scale > 1 else 10 for scale in reversed(inv))  # a triangle of 2 pixels finds something up to the fourth
+    assert (ours[..., :rows, :columns] > 0).all()
+    assert (ours[..., rows:, :] == 0).all()
+    assert (ours[..., columns:] == 0).all()
+    torch.testing.assert_close(ours, oracle([source.cpu()], plan, out_hw=(10, 10)).float())
+
+
 # Mixes checked by hand
 
 

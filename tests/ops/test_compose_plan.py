@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ssod_fast.ops.compose import cache_write, compose_images
+from ssod_fast.ops.compose import cache_view, cache_write, compose, compose_boxes, compose_images
 from ssod_fast.ops.compose_plan import BoxRule, ComposePlan, PlaceF, PlaceI, Placement, blank_tables
+from ssod_fast.structures import PaddedTargets
 
 
 def one(canvas: tuple[int, int] = (8, 8), **options: Any) -> ComposePlan:
@@ -100,6 +101,8 @@ GOOD = torch.zeros(3, 8, 8, dtype=torch.uint8)
     [
         (ValueError, "canvas 1, placement 0: src is 0, but there are 0 sources", [], {}),
         (ValueError, "out_hw must hold every canvas, got (8, 7), but canvas 1 is (8, 8)", [GOOD], {"out_hw": (8, 7)}),
+        (TypeError, "out_hw must be two integers (height, width), got 64", [GOOD], {"out_hw": 64}),
+        (TypeError, "out_hw must be two integers (height, width), got (64.5, 64)", [GOOD], {"out_hw": (64.5, 64)}),
         (TypeError, "sources[0] must be uint8, float16, bfloat16 or float32, got torch.int64", [GOOD.long()], {}),
         (TypeError, "sources[0] must be a tensor, got ndarray", [GOOD.numpy()], {}),
         (TypeError, "sources must have one dtype, got torch.uint8 and sources[1] torch.float32", [GOOD, GOOD.float()], {}),
@@ -134,6 +137,49 @@ def test_bad_arguments(error: type[Exception], message: str, sources: Any, optio
         compose_images(sources, one(), **options)
 
 
+@pytest.mark.parametrize("plan", [None, [one()]])
+def test_what_is_no_plan(plan: Any) -> None:
+    targets = PaddedTargets.empty(1, 1, torch.device("cpu"))
+    message = f"plan must be a ComposePlan or its PlanTables, got {type(plan).__name__}"
+    for call in (lambda: compose_images([GOOD], plan), lambda: compose_boxes(targets, plan), lambda: compose([GOOD], targets, plan)):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+BEYOND = "canvas 1, placement 0: out_w, out_h and inv need a source of at least (8, 8) (height, width), but source 0 is "
+
+
+@pytest.mark.parametrize("interp", ["nearest", "bilinear", "bilinear_aa"])
+@pytest.mark.parametrize(
+    ("sources", "options", "size"),
+    [
+        ([GOOD[:, :7]], {}, "(7, 8)"),
+        ([GOOD[..., :7]], {}, "(8, 7)"),
+        (GOOD[None, ..., :7], {}, "(8, 7)"),
+        (GOOD[None], {"sizes": [(7, 8)]}, "(7, 8)"),
+    ],
+)
+def test_sources_smaller_than_planned(interp: Any, sources: Any, options: dict[str, Any], size: str) -> None:
+    for plan in (one(), one().to("cpu")):
+        with pytest.raises(ValueError, match=re.escape(BEYOND + size)):
+            compose_images(sources, plan, interp=interp, **options)
+
+
+def test_reach_of_a_shrinking_placement() -> None:
+    plan = one((10, 10), out_hw=(10, 4), inv=(2.0, 2.0))
+    assert plan.reads == ((0, 19, 7),)  # the last output pixels begin at 18 and 6
+    compose_images([torch.zeros(3, 19, 7)], plan)
+    with pytest.raises(ValueError, match=re.escape("canvas 1, placement 0: out_w, out_h and inv need a source of at least (19, 7)")):
+        compose_images([torch.zeros(3, 7, 7)], plan)
+    hidden = one((10, 10), out_hw=(10, 4), inv=(2.0, 2.0), rect=(0, 0, 0, 0))
+    assert hidden.reads == ()
+
+
+def test_larger_sources_than_planned_show_the_part_that_the_plan_knows() -> None:
+    large = torch.arange(3 * 9 * 10, dtype=torch.float32).view(3, 9, 10)
+    assert torch.equal(compose_images([large], one()), compose_images([large[:, :8, :8]], one()))
+
+
 def test_a_block_needs_no_sizes() -> None:
     assert torch.equal(compose_images(GOOD[None], one()), compose_images([GOOD], one()))
 
@@ -144,6 +190,7 @@ def test_a_block_needs_no_sizes() -> None:
         (ValueError, "slots must have one entry per image, got 1 for 2 images", [GOOD, GOOD], [0]),
         (ValueError, "slots must be different numbers in [0, 3), got [1, 1]", [GOOD, GOOD], [1, 1]),
         (ValueError, "slots must be different numbers in [0, 3), got [3]", [GOOD], [3]),
+        (TypeError, "slots must be integers, got [1.0]", [GOOD], [1.0]),
         (ValueError, "images[0] has 243 values, but a slot of the ring holds 192", [torch.zeros(3, 9, 9, dtype=torch.uint8)], [0]),
         (
             ValueError,
@@ -154,12 +201,33 @@ def test_a_block_needs_no_sizes() -> None:
         (TypeError, "images[0] must be torch.uint8 on cpu like the ring, got torch.float32 on cpu", [GOOD.float()], [0]),
     ],
 )
-def test_bad_cache_writes(error: type[Exception], message: str, images: list[torch.Tensor], slots: list[int]) -> None:
+def test_bad_cache_writes(error: type[Exception], message: str, images: list[torch.Tensor], slots: list[Any]) -> None:
     with pytest.raises(error, match=re.escape(message)):
         cache_write(torch.zeros(3, 192, dtype=torch.uint8), images, slots)
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "slot", "size"),
+    [
+        (ValueError, "slot must lie in [0, 3), got 3", 3, (8, 8)),
+        (ValueError, "slot must lie in [0, 3), got -1", -1, (8, 8)),
+        (TypeError, "slot must be an integer, got 1.0", 1.0, (8, 8)),
+        (TypeError, "size must be two integers (height, width), got 8", 1, 8),
+        (TypeError, "size must be two integers (height, width), got (3, 8, 8)", 1, (3, 8, 8)),
+        (ValueError, "size must be positive with 3 * h * w <= 192, what a slot of the ring holds, got (9, 8)", 1, (9, 8)),
+        (ValueError, "size must be positive with 3 * h * w <= 192, what a slot of the ring holds, got (0, 8)", 1, (0, 8)),
+    ],
+)
+def test_bad_cache_views(error: type[Exception], message: str, slot: Any, size: Any) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        cache_view(torch.zeros(3, 192, dtype=torch.uint8), slot, size)
+
+
 def test_bad_ring() -> None:
+    with pytest.raises(TypeError, match="ring must be a tensor, got NoneType"):
+        cache_view(None, 0, (8, 8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape("ring must be a contiguous [R, capacity] tensor, got [192]")):
+        cache_view(torch.zeros(192, dtype=torch.uint8), 0, (8, 8))
     with pytest.raises(ValueError, match=re.escape("ring must be a contiguous [R, capacity] tensor")):
         cache_write(torch.zeros(3, 400, dtype=torch.uint8)[:, :192], [GOOD], [0])
 
