@@ -482,10 +482,27 @@ class TestConstruction:
             ({"erase_thr": float("nan")}, "erase_thr must be positive, got nan"),
             ({"unsup_weight": -1}, "unsup_weight must be at least 0"),
             ({"burn_in": -1}, "burn_in must be at least 0"),
+            ({"mosaic_shape": (60, 60, 120, 120)}, r"mosaic_shape must be two sizes .*, got \(60, 60, 120, 120\)"),
+            ({"mosaic_shape": (60, 120)}, r"mosaic_shape\[0\] must be two positive integers \(height, width\), got 60"),
+            ({"erase_ratio": 0.1}, "erase_ratio must be two increasing numbers .*, got 0.1"),
+            ({"erase_patches": 20}, "erase_patches must satisfy 1 <= low < high, got 20"),
         ],
     )
     def test_bad_options(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
+            MixPLConfig(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"cls_pseudo_thr": "a"}, "cls_pseudo_thr must be a number, got 'a'"),
+            ({"erase_thr": None}, "erase_thr must be a number, got None"),
+            ({"burn_in": 0.5}, "burn_in must be an integer, got 0.5"),
+            ({"cache_size": "8"}, "cache_size must be an integer, got '8'"),
+        ],
+    )
+    def test_options_of_a_wrong_type(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(TypeError, match=message):
             MixPLConfig(**options)
 
     def test_cache_length(self) -> None:

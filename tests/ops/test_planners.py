@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from ssod_fast.ops.compose import compose, compose_images
 from ssod_fast.ops.compose_plan import BoxRule, ComposePlan, PlaceF, PlaceI
-from ssod_fast.ops.planners import CutMixPlanner, HalfResPlanner, LetterboxPlanner, MixUpPlanner, MosaicPlanner, mixup_plans
+from ssod_fast.ops.planners import CutMixPlanner, HalfResPlanner, LetterboxPlanner, MixPLPlanner, MixUpPlanner, MosaicPlanner, mixup_plans
 from ssod_fast.structures import PaddedTargets, Target
 
 SIZES = [(40, 60), (75, 33), (64, 64), (21, 90), (50, 51)]
@@ -214,6 +215,27 @@ class TestMosaic:
             MosaicPlanner().plan(SIZES, groups=[[0, 1, 2, -1]])
         with pytest.raises(ValueError, match="sizes must name at least one source"):
             MosaicPlanner().plan([])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_planner_reaches_beyond_its_sources(seed: int) -> None:
+    """So no sample of theirs is undefined, and what they plan for sources of the given sizes is never refused."""
+    draw = random.Random(seed)
+    sizes = [(draw.choice((1, 2, draw.randint(1, 900))), draw.choice((1, 3, draw.randint(1, 1400)))) for _ in range(9)]
+    fit, side = (draw.randint(1, 700), draw.randint(1, 700)), draw.randint(1, 640)
+    plans = [LetterboxPlanner(fit, rounding=rounding).plan(sizes) for rounding in ("floor", "round")]  # type: ignore[arg-type]
+    plans += [HalfResPlanner(rounding).plan(sizes) for rounding in ("ceil", "floor")]  # type: ignore[arg-type]
+    plans += [MixUpPlanner(seed=seed).plan(sizes), CutMixPlanner(seed=seed).plan(sizes)]
+    plans += [MosaicPlanner(tiles=4, target=((20, 30), (400, 500)), seed=seed).plan(sizes, canvases=2)]
+    plans += [MosaicPlanner(layout="yolo_window", tiles=9, size=side, seed=seed).plan(sizes)]
+    for resize in ("scale_factor", "size"):
+        mixpl = MixPLPlanner(mosaic_shape=((1, 1), (800, 800)), resize=resize, seed=seed)  # type: ignore[arg-type]
+        mixup, mosaic = mixpl.plan(sizes[:1], sizes[1:])
+        assert mosaic is not None
+        plans += [mixup, mosaic]
+    for plan in plans:
+        assert plan.reads
+        plan.check_sizes(sizes)
 
 
 def test_mixup_of_two_mosaics_has_eight_placements() -> None:

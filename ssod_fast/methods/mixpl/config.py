@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 from ssod_fast.methods.ema import EMAConfig
+from ssod_fast.ops.planners._base import check_bounds
 from ssod_fast.ops.planners.mixpl import TILES, check_erasing
 
 
@@ -88,7 +91,10 @@ class MixPLConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_ranges(self)
+        check_bounds("mosaic_shape", self.mosaic_shape)
         check_erasing(self.erase_patches, self.erase_ratio)
+        if self.cache_size is not None:
+            _check_kind(self, ("cache_size",), Integral, "an integer")
         if self.cache_size is not None and self.cache_size < self.unlabeled_batch + TILES:
             raise ValueError(
                 f"cache_size must be at least unlabeled_batch + {TILES} = {self.unlabeled_batch + TILES}, got {self.cache_size}"
@@ -115,12 +121,14 @@ def _check_choices(config: MixPLConfig) -> None:
 
 
 def _check_ranges(config: MixPLConfig) -> None:
+    numbers = ("cls_pseudo_thr", "teacher_score_thr", "sup_weight", "unsup_weight", "mosaic_weight", "min_pseudo_bbox_wh")
     least = {
-        **dict.fromkeys(("cls_pseudo_thr", "teacher_score_thr", "sup_weight", "unsup_weight", "mosaic_weight", "min_pseudo_bbox_wh"), 0),
         **dict.fromkeys(("mosaics_per_step", "burn_in", "ramp", "seed"), 0),
         **dict.fromkeys(("least_num", "unlabeled_batch", "teacher_topk"), 1),
     }
-    for name, low in least.items():
+    _check_kind(config, (*numbers, "erase_thr"), Real, "a number")
+    _check_kind(config, least, Integral, "an integer")
+    for name, low in {**dict.fromkeys(numbers, 0), **least}.items():
         if not getattr(config, name) >= low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
     if not config.erase_thr > 0:
@@ -128,3 +136,9 @@ def _check_ranges(config: MixPLConfig) -> None:
     for name in ("cls_pseudo_thr", "teacher_score_thr"):
         if getattr(config, name) > 1:
             raise ValueError(f"{name} is compared with scores and must be at most 1, got {getattr(config, name)}")
+
+
+def _check_kind(config: MixPLConfig, names: Iterable[str], kind: type, words: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), kind):
+            raise TypeError(f"{name} must be {words}, got {getattr(config, name)!r}")

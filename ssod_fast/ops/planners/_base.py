@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from ssod_fast.ops.compose_plan import Placement
@@ -55,16 +56,28 @@ def largest(sizes: Sizes) -> Size:
     return max(h for h, _ in sizes), max(w for _, w in sizes)
 
 
+def is_pair(value: object, kind: type = object) -> bool:
+    """Whether `value` is a sequence of two instances of `kind`."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, kind) for part in value)
+
+
 def check_sizes(name: str, sizes: Sizes) -> None:
     """Raises unless every size is a pair of positive integers."""
     for i, size in enumerate(sizes):
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        if not is_pair(size, int) or min(size) < 1:
             raise ValueError(f"{name}[{i}] must be two positive integers (height, width), got {size!r}")
+
+
+def check_bounds(name: str, bounds: Sequence[Size]) -> None:
+    """Raises unless `bounds` are two sizes."""
+    if not is_pair(bounds):
+        raise ValueError(f"{name} must be two sizes ((height, width), (height, width)), got {bounds!r}")
+    check_sizes(name, bounds)
 
 
 def check_pair(name: str, value: Sequence[float], low: float, high: float) -> None:
     """Raises unless low <= value[0] <= value[1] <= high."""
-    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+    if not is_pair(value, Real) or not low <= value[0] <= value[1] <= high:
         raise ValueError(f"{name} must be two increasing numbers in [{low}, {high}], got {value!r}")
 
 

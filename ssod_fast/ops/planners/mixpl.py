@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Integral
 from typing import Any, Literal
 
 from ssod_fast.ops.compose_plan import FLIP_X, ComposePlan, Placement
 
-from ._base import RandomPlanner, Size, Sizes, check_choice, check_pair, check_sizes, fit_scale, largest, place_rounded, round_up
+from ._base import (
+    RandomPlanner,
+    Size,
+    Sizes,
+    check_bounds,
+    check_choice,
+    check_pair,
+    check_sizes,
+    fit_scale,
+    is_pair,
+    largest,
+    place_rounded,
+    round_up,
+)
 from .mosaic import draw_size, touching_grid
 
 TILES = 4
@@ -49,7 +63,7 @@ class MixPLPlanner(RandomPlanner):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_sizes("mosaic_shape", mosaic_shape)
+        check_bounds("mosaic_shape", mosaic_shape)
         check_choice("cache_flip", cache_flip, ("always", "random"))
         check_choice("resize", resize, ("scale_factor", "size"))
         check_erasing(erase_patches, erase_ratio)
@@ -127,7 +141,7 @@ class MixPLPlanner(RandomPlanner):
 
 def check_erasing(patches: tuple[int, int] | None, ratio: tuple[float, float]) -> None:
     """Raises unless 1 <= patches[0] < patches[1] and 0 <= ratio[0] <= ratio[1] < 1."""
-    if patches is not None and not (len(patches) == 2 and 1 <= patches[0] < patches[1]):
+    if patches is not None and not (is_pair(patches, Integral) and 1 <= patches[0] < patches[1]):
         raise ValueError(f"erase_patches must satisfy 1 <= low < high, got {patches}")
     check_pair("erase_ratio", ratio, 0, 1)
     if ratio[1] >= 1:

@@ -8,7 +8,19 @@ from typing import Any, Literal
 
 from ssod_fast.ops.compose_plan import FLIP_X, ComposePlan, Placement
 
-from ._base import RandomPlanner, Size, Sizes, check_choice, check_pair, check_sizes, fit_scale, largest, place_rounded, round_up
+from ._base import (
+    RandomPlanner,
+    Size,
+    Sizes,
+    check_bounds,
+    check_choice,
+    check_pair,
+    check_sizes,
+    fit_scale,
+    largest,
+    place_rounded,
+    round_up,
+)
 
 
 class MosaicPlanner(RandomPlanner):
@@ -43,7 +55,7 @@ class MosaicPlanner(RandomPlanner):
         super().__init__(**options)
         check_choice("layout", layout, ("centre_touch", "yolo_window"))
         check_choice("tiles", tiles, (4, 9))
-        check_sizes("target", target)
+        check_bounds("target", target)
         check_sizes("size", [(size, size)])
         check_pair("flip_p", (flip_p, flip_p), 0, 1)
         self._layout, self._grid, self._target = layout, 2 if tiles == 4 else 3, target
