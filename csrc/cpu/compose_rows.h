@@ -15,10 +15,14 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 // Turns a source value into a network input: weight * ((value - mean) / std).
+//
+// The quotient is computed as a product in double, several times as fast as a division and the same float: no quotient
+// of two floats lies closer than 2^-49 of its size to the middle between two floats, and the product is off by less
+// than 2^-51.
 struct Normal {
   float mean, std, weight;
 
-  float operator()(float value) const { return weight * ((value - mean) / std); }
+  float operator()(float value) const { return weight * static_cast<float>((value - mean) * (1.0 / std)); }
 };
 
 SSOD_CLONES static void fill(float* __restrict dst, float value, int64_t n) {
