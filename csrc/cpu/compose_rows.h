@@ -16,7 +16,7 @@ using torch::headeronly::Half;
 
 // Turns a source value into a network input: weight * ((value - mean) / std).
 //
-// The quotient is computed as a product in double, several times as fast as a division and the same float: no quotient
+// The quotient is computed as a product in double, cheaper than a division and the same float: no quotient
 // of two floats lies closer than 2^-49 of its size to the middle between two floats, and the product is off by less
 // than 2^-51.
 struct Normal {
