@@ -30,7 +30,7 @@ class ExtensionStatus:
 
 @dataclass(frozen=True)
 class OpStatus:
-    """What one op runs on: `C++`, `CUDA`, `Triton` or `reference`."""
+    """What one op runs on: `C++`, `CUDA`, `Triton`, `composed` (of other ops and their kernels) or `reference`."""
 
     name: str
     cpu: str
@@ -47,6 +47,7 @@ def _load(module: str) -> ExtensionStatus:
 
 EXTENSIONS: tuple[ExtensionStatus, ...] = (_load("_C"), _load("_C_cuda"))
 _TRITON_OPS: set[str] = set()
+_COMPOSED_OPS: set[str] = set()
 _OPS: list[str] = []
 
 
@@ -69,6 +70,7 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any] | None,
     triton: Callable[..., Any] | None = None,
+    composed: bool = False,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> None:
     """Defines `ssod_fast::<schema>` and fills the dispatch keys that no compiled module has filled.
@@ -78,6 +80,7 @@ def register(
         reference: plain PyTorch, registered as CompositeExplicitAutograd: right on any device.
         fake: shapes and dtypes only, for torch.compile; None for an out= overload, which returns its argument.
         triton: launcher for CUDA tensors, used only where no CUDA kernel is loaded. It must import Triton lazily.
+        composed: the reference does nothing but call other ops, so that on a GPU it is as fast as their kernels.
         tags: dispatcher tags.
     """
     name = schema.partition("(")[0].strip()
@@ -89,6 +92,8 @@ def register(
     if triton is not None and not _has_kernel(name, "CUDA") and has_triton():
         _LIB.impl(name, triton, "CUDA")
         _TRITON_OPS.add(name)
+    if composed:
+        _COMPOSED_OPS.add(name)
 
 
 def op_statuses() -> list[OpStatus]:
@@ -98,7 +103,9 @@ def op_statuses() -> list[OpStatus]:
         cpu = "C++" if _has_kernel(name, "CPU") else "reference"
         if name in _TRITON_OPS:
             cuda = "Triton"
+        elif _has_kernel(name, "CUDA"):
+            cuda = "CUDA"
         else:
-            cuda = "CUDA" if _has_kernel(name, "CUDA") else "reference"
+            cuda = "composed" if name in _COMPOSED_OPS else "reference"
         rows.append(OpStatus(name, cpu, cuda))
     return rows
