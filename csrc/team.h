@@ -4,8 +4,10 @@
 // A team has
 //   int rank() const, int size() const      which member this thread is, of how many;
 //   void sync()                             a barrier: what any member wrote before it, every member sees after it;
-//   T reduce(T value, op)                   op over the values of all members, the same result for each of them; op must
-//                                           be associative and commutative, T trivially copyable and of at most 16 bytes.
+//   T reduce(T value, op)                   op over the values of all members, the same result for each of them; op
+//   must
+//                                           be associative and commutative, T trivially copyable and of at most 16
+//                                           bytes.
 // sync() and reduce() are called by all members or by none. reduce() is a barrier too.
 #pragma once
 

@@ -8,7 +8,8 @@
 
 namespace ssod {
 
-// What a block needs to reduce: two sets of one slot per warp, used in turn, so that one barrier per reduction is enough.
+// What a block needs to reduce: two sets of one slot per warp, used in turn, so that one barrier per reduction is
+// enough.
 template <int kThreads>
 struct alignas(16) BlockExchange {
   unsigned char slots[2][kThreads / 32][kMaxReduced];
