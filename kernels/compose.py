@@ -36,8 +36,9 @@ def _listed_source(p_table, src):
 
 
 @triton.jit
-def _block_source(p_sizes, src, first, address, stride_n, stride_c, stride_y, stride_x, block_h, block_w):
-    """The same for image `src - first` of a dense block; `stride_n` counts bytes."""
+def _block_source(p_sizes, src, first, block):
+    """The same for image `src - first` of a dense block; its `stride_n` counts bytes."""
+    address, stride_n, stride_c, stride_y, stride_x, block_h, block_w = block
     height = tl.minimum(tl.maximum(tl.load(p_sizes + 2 * src), 1), block_h)
     width = tl.minimum(tl.maximum(tl.load(p_sizes + 2 * src + 1), 1), block_w)
     address = tl.cast(address, tl.int64) + (src - first).to(tl.int64) * stride_n
@@ -187,12 +188,66 @@ def _erased(p_rects, count, y, x, tile_y, tile_x, dy, dx, BLOCK_Y: tl.constexpr,
 
 
 @triton.jit
-def _write(p, value, mask, BYTES: tl.constexpr):
+def _source(p_table, p_sizes, src, n0, block0, block1, RAGGED: tl.constexpr):
+    """Address, strides and size of source `src`: one of a list, or an image of one of two dense blocks."""
+    if RAGGED:
+        address, stride_c, stride_y, stride_x, height, width = _listed_source(p_table, src)
+    else:
+        if src < n0:
+            address, stride_c, stride_y, stride_x, height, width = _block_source(p_sizes, src, 0, block0)
+        else:
+            address, stride_c, stride_y, stride_x, height, width = _block_source(p_sizes, src, n0, block1)
+    return address, stride_c, stride_y, stride_x, height, width
+
+
+@triton.jit
+def _placed(p_place, p_scale, source, y, x, SOURCE: tl.constexpr, INTERP: tl.constexpr, SWAP_RB: tl.constexpr):
+    """The three channels of a placement at the canvas pixels (y, x), and which of them it covers."""
+    address, stride_c, stride_y, stride_x, height, width = source
+    flip, off_x, off_y = tl.load(p_place + 1), tl.load(p_place + 2), tl.load(p_place + 3)
+    out_size_x, out_size_y = tl.load(p_place + 8), tl.load(p_place + 9)
+    inv_x, inv_y = tl.load(p_scale), tl.load(p_scale + 1)
+    seen = _inside(p_place + 4, y, x, 0, 0)
+    u = tl.where((flip & FLIP_X) > 0, out_size_x - 1 - (x - off_x), x - off_x)
+    v = tl.where((flip & FLIP_Y) > 0, out_size_y - 1 - (y - off_y), y - off_y)
+    c0, c2 = 2 * SWAP_RB, 2 - 2 * SWAP_RB
+    p_source = address.to(tl.pointer_type(SOURCE))
+    s0, s1, s2 = _sample(p_source, v, u, inv_y, inv_x, height, width, stride_c, stride_y, stride_x, c0, 1, c2, seen, INTERP)
+    return s0, s1, s2, seen
+
+
+@triton.jit
+def _blend(b, s, weight, seen, OVER: tl.constexpr):
+    """What lies below, with a placement over it or mixed into it."""
+    if OVER:
+        b = tl.where(seen, s, b)
+    else:
+        b = tl.where(seen, b + weight * s, b)
+    return b
+
+
+@triton.jit
+def _write_channel(p, value, mask, BYTES: tl.constexpr):
     if BYTES:
         value = tl.where(value > 0, tl.minimum(value, 255.0), 0.0)  # NaN becomes 0
         value = (value + 8388608.0) - 8388608.0  # 2^23: rounds to an integer, half to even
         value = value.to(tl.int32)
     tl.store(p, value.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write(p_out, b_0, b_1, b_2, y, x, out_h, out_w, CHANNELS_LAST: tl.constexpr, BYTES: tl.constexpr):
+    """Stores the pixels of a tile that lie in the output."""
+    inside = (y < out_h) & (x < out_w)
+    if CHANNELS_LAST:
+        p_pixel = p_out + (y.to(tl.int64) * out_w + x) * 3
+        step = tl.cast(1, tl.int64)
+    else:
+        p_pixel = p_out + (y.to(tl.int64) * out_w + x)
+        step = tl.cast(out_h, tl.int64) * out_w
+    _write_channel(p_pixel, b_0, inside, BYTES)
+    _write_channel(p_pixel + step, b_1, inside, BYTES)
+    _write_channel(p_pixel + 2 * step, b_2, inside, BYTES)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -250,65 +305,36 @@ def compose_images_kernel(
     tile_y, tile_x = tl.program_id(1) * BLOCK_Y, tl.program_id(0) * BLOCK_X
     y = tile_y + tl.arange(0, BLOCK_Y)[:, None]
     x = tile_x + tl.arange(0, BLOCK_X)[None, :]
+    block0 = (address0, image0, channel0, row0, column0, height0, width0)
+    block1 = (address1, image1, channel1, row1, column1, height1, width1)
     b_0 = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
     b_1, b_2, b_weight = b_0, b_0, b_0
     k = 0
     while k < places:
-        p_place = p_place_i + (i_b * places + k) * PLACE_I
+        place = i_b * places + k
+        p_place, p_scale = p_place_i + place * PLACE_I, p_place_f + place * PLACE_F
         src = tl.load(p_place)
         if (src >= 0) & _touches(p_place + 4, tile_y, tile_x, 0, 0, BLOCK_Y, BLOCK_X):
-            flip, off_x, off_y = tl.load(p_place + 1), tl.load(p_place + 2), tl.load(p_place + 3)
-            out_size_x, out_size_y, n_erase = tl.load(p_place + 8), tl.load(p_place + 9), tl.load(p_place + 10)
-            p_scale = p_place_f + (i_b * places + k) * PLACE_F
-            inv_x, inv_y, weight = tl.load(p_scale), tl.load(p_scale + 1), tl.load(p_scale + 4)
-            if RAGGED:
-                address, stride_c, stride_y, stride_x, height, width = _listed_source(p_table, src)
-            else:
-                if src < n0:
-                    address, stride_c, stride_y, stride_x, height, width = _block_source(
-                        p_sizes, src, 0, address0, image0, channel0, row0, column0, height0, width0
-                    )
-                else:
-                    address, stride_c, stride_y, stride_x, height, width = _block_source(
-                        p_sizes, src, n0, address1, image1, channel1, row1, column1, height1, width1
-                    )
-            p_source = address.to(tl.pointer_type(SOURCE))
-            seen = _inside(p_place + 4, y, x, 0, 0)
-            u = tl.where((flip & FLIP_X) > 0, out_size_x - 1 - (x - off_x), x - off_x)
-            v = tl.where((flip & FLIP_Y) > 0, out_size_y - 1 - (y - off_y), y - off_y)
-            c0, c2 = 2 * SWAP_RB, 2 - 2 * SWAP_RB
-            s0, s1, s2 = _sample(p_source, v, u, inv_y, inv_x, height, width, stride_c, stride_y, stride_x, c0, 1, c2, seen, INTERP)
-            p_patches = p_erase + (i_b * places + k).to(tl.int64) * patches * 4
+            source = _source(p_table, p_sizes, src, n0, block0, block1, RAGGED)
+            s0, s1, s2, seen = _placed(p_place, p_scale, source, y, x, SOURCE, INTERP, SWAP_RB)
+            p_patches, n_erase = p_erase + place.to(tl.int64) * patches * 4, tl.load(p_place + 10)
+            off_x, off_y = tl.load(p_place + 2), tl.load(p_place + 3)
             erased = _erased(p_patches, n_erase, y, x, tile_y, tile_x, off_y, off_x, BLOCK_Y, BLOCK_X)
             s0 = tl.where(erased, blank0, true_div(s0 - mean0, std0))
             s1 = tl.where(erased, blank1, true_div(s1 - mean1, std1))
             s2 = tl.where(erased, blank2, true_div(s2 - mean2, std2))
-            if OVER:
-                b_0, b_1, b_2 = tl.where(seen, s0, b_0), tl.where(seen, s1, b_1), tl.where(seen, s2, b_2)
-                b_weight = tl.where(seen, 1.0, b_weight)
-            else:
-                b_0 = tl.where(seen, b_0 + weight * s0, b_0)
-                b_1 = tl.where(seen, b_1 + weight * s1, b_1)
-                b_2 = tl.where(seen, b_2 + weight * s2, b_2)
-                b_weight = tl.where(seen, b_weight + weight, b_weight)
+            weight = tl.load(p_scale + 4)
+            b_0, b_1, b_2 = _blend(b_0, s0, weight, seen, OVER), _blend(b_1, s1, weight, seen, OVER), _blend(b_2, s2, weight, seen, OVER)
+            b_weight = _blend(b_weight, tl.full(seen.shape, 1.0, tl.float32), weight, seen, OVER)
         k += 1
     erased = _erased(p_erase_canvas + i_b * patches_canvas * 4, patches_canvas, y, x, tile_y, tile_x, 0, 0, BLOCK_Y, BLOCK_X)
     b_0 = tl.where(erased, blank0, b_0 + (1.0 - b_weight) * blank0)
     b_1 = tl.where(erased, blank1, b_1 + (1.0 - b_weight) * blank1)
     b_2 = tl.where(erased, blank2, b_2 + (1.0 - b_weight) * blank2)
     image = (y < tl.load(p_canvas + 2 * i_b)) & (x < tl.load(p_canvas + 2 * i_b + 1))
-    inside = (y < out_h) & (x < out_w)
-    plane = tl.cast(out_h, tl.int64) * out_w
-    p_pixel = p_out + i_b.to(tl.int64) * 3 * plane
-    if CHANNELS_LAST:
-        p_pixel += (y.to(tl.int64) * out_w + x) * 3
-        step = tl.cast(1, tl.int64)
-    else:
-        p_pixel += y.to(tl.int64) * out_w + x
-        step = plane
-    _write(p_pixel, tl.where(image, b_0, pad_value), inside, BYTES)
-    _write(p_pixel + step, tl.where(image, b_1, pad_value), inside, BYTES)
-    _write(p_pixel + 2 * step, tl.where(image, b_2, pad_value), inside, BYTES)
+    b_0, b_1, b_2 = tl.where(image, b_0, pad_value), tl.where(image, b_1, pad_value), tl.where(image, b_2, pad_value)
+    p_canvas_out = p_out + i_b.to(tl.int64) * 3 * tl.cast(out_h, tl.int64) * out_w
+    _write(p_canvas_out, b_0, b_1, b_2, y, x, out_h, out_w, CHANNELS_LAST, BYTES)
 
 
 @triton.jit(do_not_specialize=["capacity"])

@@ -45,6 +45,88 @@ def _is_finite(v):
 
 
 @triton.jit
+def _source_boxes(p_boxes, p_labels, row, keep):
+    """Corners and labels of a source's rows, and which rows are kept: those that hold a finite box with a label."""
+    label = tl.load(p_labels + row, mask=keep, other=-1)
+    x1 = tl.load(p_boxes + 4 * row, mask=keep, other=0)
+    y1 = tl.load(p_boxes + 4 * row + 1, mask=keep, other=0)
+    x2 = tl.load(p_boxes + 4 * row + 2, mask=keep, other=0)
+    y2 = tl.load(p_boxes + 4 * row + 3, mask=keep, other=0)
+    keep = keep & (label >= 0) & _is_finite(x1) & _is_finite(y1) & _is_finite(x2) & _is_finite(y2)
+    return x1, y1, x2, y2, label, keep
+
+
+@triton.jit
+def _resized(box, p_place, p_scale):
+    """Scales boxes to the resized source, clamps them to it and flips them with it."""
+    x1, y1, x2, y2 = box
+    flip = tl.load(p_place + 1)
+    out_w, out_h = tl.load(p_place + 8).to(tl.float32), tl.load(p_place + 9).to(tl.float32)
+    scale_x, scale_y = tl.load(p_scale + 2), tl.load(p_scale + 3)
+    x1, x2 = _clamp(x1 * scale_x, 0.0, out_w), _clamp(x2 * scale_x, 0.0, out_w)
+    y1, y2 = _clamp(y1 * scale_y, 0.0, out_h), _clamp(y2 * scale_y, 0.0, out_h)
+    flip_x, flip_y = (flip & FLIP_X) > 0, (flip & FLIP_Y) > 0
+    x1, x2 = tl.where(flip_x, out_w - x2, x1), tl.where(flip_x, out_w - x1, x2)
+    y1, y2 = tl.where(flip_y, out_h - y2, y1), tl.where(flip_y, out_h - y1, y2)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def _covered(box, p_rects, count):
+    """Area of the boxes under each of `count` rectangles, summed."""
+    x1, y1, x2, y2 = box
+    covered = tl.zeros_like(x1)
+    e = 0
+    while e < count:
+        covered += _overlap(x1, y1, x2, y2, p_rects + 4 * e)
+        e += 1
+    return covered
+
+
+@triton.jit
+def _hidden(box, p_later, count):
+    """Area of the boxes under each of the `count` placements that come later, summed."""
+    x1, y1, x2, y2 = box
+    hidden = tl.zeros_like(x1)
+    k = 0
+    while k < count:
+        p_place = p_later + k * PLACE_I
+        hidden += tl.where(tl.load(p_place) >= 0, _overlap(x1, y1, x2, y2, p_place + 4), 0.0)
+        k += 1
+    return hidden
+
+
+@triton.jit
+def _visible(box, p_place, later, min_visibility, min_wh, OVER: tl.constexpr):
+    """Shifts boxes to the canvas and clips them to what is visible; whether enough is left of them."""
+    x1, y1, x2, y2 = box
+    off_x, off_y = tl.load(p_place + 2).to(tl.float32), tl.load(p_place + 3).to(tl.float32)
+    x1, y1, x2, y2 = x1 + off_x, y1 + off_y, x2 + off_x, y2 + off_y
+    area = _area(x1, y1, x2, y2) + AREA_EPS
+    v_x1, v_y1, v_x2, v_y2 = _rect(p_place + 4)
+    x1, x2 = _clamp(x1, v_x1, v_x2), _clamp(x2, v_x1, v_x2)
+    y1, y2 = _clamp(y1, v_y1, v_y2), _clamp(y2, v_y1, v_y2)
+    visible = _area(x1, y1, x2, y2)
+    if OVER:
+        visible = visible - _hidden((x1, y1, x2, y2), p_place + PLACE_I, later)
+    enough = ~(true_div(tl.maximum(visible, 0.0), area) < min_visibility) & (x2 - x1 > min_wh) & (y2 - y1 > min_wh)
+    return x1, y1, x2, y2, enough
+
+
+@triton.jit
+def _store_rows(p_rows, at, box, label, score, weight, placement, index, mask):
+    """Stores rows of all six outputs."""
+    p_boxes, p_labels, p_scores, p_weights, p_placement, p_index = p_rows
+    for c in tl.static_range(4):
+        tl.store(p_boxes + 4 * at + c, box[c], mask=mask)
+    tl.store(p_labels + at, label, mask=mask)
+    tl.store(p_scores + at, score, mask=mask)
+    tl.store(p_weights + at, weight, mask=mask)
+    tl.store(p_placement + at, placement, mask=mask)
+    tl.store(p_index + at, index, mask=mask)
+
+
+@triton.jit
 def compose_boxes_kernel(
     p_boxes,  # [S, P, 4] xyxy, source pixels
     p_labels,  # int64 [S, P]
@@ -76,6 +158,7 @@ def compose_boxes_kernel(
     """One program collects the boxes of one canvas; BLOCK holds all boxes of a source."""
     i_b = tl.program_id(0)
     i_p = tl.arange(0, BLOCK)
+    p_rows = (p_out_boxes, p_out_labels, p_out_scores, p_out_weights, p_placement, p_index)
     first_row = i_b.to(tl.int64) * nmax
     total = 0
     k = 0
@@ -86,63 +169,19 @@ def compose_boxes_kernel(
         v_x1, v_y1, v_x2, v_y2 = _rect(p_place + 4)
         if (src >= 0) & (v_x2 > v_x1) & (v_y2 > v_y1):
             row = src.to(tl.int64) * per_source + i_p
-            keep = i_p < tl.minimum(tl.load(p_count + src), per_source)
-            label = tl.load(p_labels + row, mask=keep, other=-1)
-            x1 = tl.load(p_boxes + 4 * row, mask=keep, other=0)
-            y1 = tl.load(p_boxes + 4 * row + 1, mask=keep, other=0)
-            x2 = tl.load(p_boxes + 4 * row + 2, mask=keep, other=0)
-            y2 = tl.load(p_boxes + 4 * row + 3, mask=keep, other=0)
-            keep = keep & (label >= 0) & _is_finite(x1) & _is_finite(y1) & _is_finite(x2) & _is_finite(y2)
-
-            # Scale to the resized source, clamp to it, flip.
-            flip = tl.load(p_place + 1)
-            out_w, out_h = tl.load(p_place + 8).to(tl.float32), tl.load(p_place + 9).to(tl.float32)
-            scale_x, scale_y = tl.load(p_scale + 2), tl.load(p_scale + 3)
-            x1, x2 = _clamp(x1 * scale_x, 0.0, out_w), _clamp(x2 * scale_x, 0.0, out_w)
-            y1, y2 = _clamp(y1 * scale_y, 0.0, out_h), _clamp(y2 * scale_y, 0.0, out_h)
-            flip_x, flip_y = (flip & FLIP_X) > 0, (flip & FLIP_Y) > 0
-            x1, x2 = tl.where(flip_x, out_w - x2, x1), tl.where(flip_x, out_w - x1, x2)
-            y1, y2 = tl.where(flip_y, out_h - y2, y1), tl.where(flip_y, out_h - y1, y2)
-
-            erased = tl.zeros((BLOCK,), tl.float32)
-            e = 0
-            while e < tl.load(p_place + 10):
-                erased += _overlap(x1, y1, x2, y2, p_erase + (place * patches + e) * 4)
-                e += 1
+            x1, y1, x2, y2, label, keep = _source_boxes(p_boxes, p_labels, row, i_p < tl.minimum(tl.load(p_count + src), per_source))
+            x1, y1, x2, y2 = _resized((x1, y1, x2, y2), p_place, p_scale)
+            erased = _covered((x1, y1, x2, y2), p_erase + place * patches * 4, tl.load(p_place + 10))
             keep = keep & ~(true_div(erased, _area(x1, y1, x2, y2) + AREA_EPS) >= erase_thr)
-
-            # Shift and clip to what is visible.
-            off_x, off_y = tl.load(p_place + 2).to(tl.float32), tl.load(p_place + 3).to(tl.float32)
-            x1, y1, x2, y2 = x1 + off_x, y1 + off_y, x2 + off_x, y2 + off_y
-            area = _area(x1, y1, x2, y2) + AREA_EPS
-            x1, x2 = _clamp(x1, v_x1, v_x2), _clamp(x2, v_x1, v_x2)
-            y1, y2 = _clamp(y1, v_y1, v_y2), _clamp(y2, v_y1, v_y2)
-            hidden = tl.zeros((BLOCK,), tl.float32)
-            if OVER:
-                later = k + 1
-                while later < places:
-                    p_later = p_place_i + (place - k + later) * PLACE_I
-                    hidden += tl.where(tl.load(p_later) >= 0, _overlap(x1, y1, x2, y2, p_later + 4), 0.0)
-                    later += 1
-            visible = tl.maximum(_area(x1, y1, x2, y2) - hidden, 0.0)
-            keep = keep & ~(true_div(visible, area) < min_visibility) & (x2 - x1 > min_wh) & (y2 - y1 > min_wh)
-
-            ones = keep.to(tl.int32)
+            x1, y1, x2, y2, enough = _visible((x1, y1, x2, y2), p_place, places - 1 - k, min_visibility, min_wh, OVER)
+            ones = (keep & enough).to(tl.int32)
             rank = total + tl.cumsum(ones, 0) - 1
-            stored = keep & (rank < nmax)
-            at = first_row + rank
+            stored = keep & enough & (rank < nmax)
+            score = tl.load(p_scores + row, mask=stored, other=0)
             weight = tl.load(p_weights + row, mask=stored, other=0)
             if PROPAGATE_WEIGHT:
                 weight = weight * tl.load(p_scale + 4)
-            tl.store(p_out_boxes + 4 * at, x1, mask=stored)
-            tl.store(p_out_boxes + 4 * at + 1, y1, mask=stored)
-            tl.store(p_out_boxes + 4 * at + 2, x2, mask=stored)
-            tl.store(p_out_boxes + 4 * at + 3, y2, mask=stored)
-            tl.store(p_out_labels + at, label, mask=stored)
-            tl.store(p_out_scores + at, tl.load(p_scores + row, mask=stored, other=0), mask=stored)
-            tl.store(p_out_weights + at, weight, mask=stored)
-            tl.store(p_placement + at, tl.zeros((BLOCK,), tl.int32) + k, mask=stored)
-            tl.store(p_index + at, i_p, mask=stored)
+            _store_rows(p_rows, first_row + rank, (x1, y1, x2, y2), label, score, weight, k, i_p, stored)
             total += tl.sum(ones, 0)
         k += 1
     count = tl.minimum(total, nmax)
@@ -150,15 +189,7 @@ def compose_boxes_kernel(
     tl.store(p_overflow + i_b, total - count)
     start = count
     while start < nmax:
-        at, padding = first_row + start + i_p, start + i_p < nmax
-        zero = tl.zeros((BLOCK,), tl.float32)
-        for c in tl.static_range(4):
-            tl.store(p_out_boxes + 4 * at + c, zero, mask=padding)
-        tl.store(p_out_labels + at, tl.full((BLOCK,), -1, tl.int64), mask=padding)
-        tl.store(p_out_scores + at, zero, mask=padding)
-        tl.store(p_out_weights + at, zero, mask=padding)
-        tl.store(p_placement + at, tl.zeros((BLOCK,), tl.int32), mask=padding)
-        tl.store(p_index + at, tl.zeros((BLOCK,), tl.int32), mask=padding)
+        _store_rows(p_rows, first_row + start + i_p, (0.0, 0.0, 0.0, 0.0), -1, 0.0, 0.0, 0, 0, start + i_p < nmax)
         start += BLOCK
 
 
