@@ -5,6 +5,7 @@ from .box_iou_below import box_iou_below
 from .box_iou_max import BoxMax, box_iou_max
 from .compose import cache_view, cache_write, compose_boxes, compose_images, valid_mask
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, Placement, PlanTables
+from .matching_cost import matching_cost
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
 
@@ -26,6 +27,7 @@ __all__ = [
     "compose_images",
     "distance_box_iou",
     "generalized_box_iou",
+    "matching_cost",
     "paired_box_iou",
     "paired_iou_loss",
     "project_boxes",
