@@ -1,10 +1,12 @@
 """The ops of ssod_fast: one file per op, each with its public function, checks, schema, reference and fake."""
 
+from .batched_nms import Kept, batched_nms
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, ragged_box_iou
 from .box_iou_below import box_iou_below
 from .box_iou_max import BoxMax, box_iou_max
 from .compose import cache_view, cache_write, compose_boxes, compose_images, valid_mask
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, Placement, PlanTables
+from .gmm_threshold import GMMThreshold, gmm_threshold
 from .matching_cost import matching_cost
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
@@ -15,8 +17,11 @@ __all__ = [
     "BoxMax",
     "BoxRule",
     "ComposePlan",
+    "GMMThreshold",
+    "Kept",
     "Placement",
     "PlanTables",
+    "batched_nms",
     "box_iou",
     "box_iou_below",
     "box_iou_max",
@@ -27,6 +32,7 @@ __all__ = [
     "compose_images",
     "distance_box_iou",
     "generalized_box_iou",
+    "gmm_threshold",
     "matching_cost",
     "paired_box_iou",
     "paired_iou_loss",
