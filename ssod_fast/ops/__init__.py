@@ -1,5 +1,6 @@
 """The ops of ssod_fast: one file per op, each with its public function, checks, schema, reference and fake."""
 
+from ._matches import Matches
 from .batched_nms import Kept, batched_nms
 from .box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, ragged_box_iou
 from .box_iou_below import box_iou_below
@@ -7,6 +8,7 @@ from .box_iou_max import BoxMax, box_iou_max
 from .compose import cache_view, cache_write, compose_boxes, compose_images, valid_mask
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, Placement, PlanTables
 from .gmm_threshold import GMMThreshold, gmm_threshold
+from .linear_assignment import linear_assignment, linear_sum_assignment
 from .matching_cost import matching_cost
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
@@ -19,6 +21,7 @@ __all__ = [
     "ComposePlan",
     "GMMThreshold",
     "Kept",
+    "Matches",
     "Placement",
     "PlanTables",
     "batched_nms",
@@ -33,6 +36,8 @@ __all__ = [
     "distance_box_iou",
     "generalized_box_iou",
     "gmm_threshold",
+    "linear_assignment",
+    "linear_sum_assignment",
     "matching_cost",
     "paired_box_iou",
     "paired_iou_loss",
