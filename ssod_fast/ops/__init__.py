@@ -9,7 +9,9 @@ from .compose import cache_view, cache_write, compose_boxes, compose_images, val
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, Placement, PlanTables
 from .gmm_threshold import GMMThreshold, gmm_threshold
 from .linear_assignment import linear_assignment, linear_sum_assignment
+from .match import match
 from .matching_cost import matching_cost
+from .packed_targets import PackedTargets, pack_targets
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
 
@@ -22,6 +24,7 @@ __all__ = [
     "GMMThreshold",
     "Kept",
     "Matches",
+    "PackedTargets",
     "Placement",
     "PlanTables",
     "batched_nms",
@@ -38,7 +41,9 @@ __all__ = [
     "gmm_threshold",
     "linear_assignment",
     "linear_sum_assignment",
+    "match",
     "matching_cost",
+    "pack_targets",
     "paired_box_iou",
     "paired_iou_loss",
     "project_boxes",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ class Matches:
         repeats: number of queries that each target takes within a group.
         offsets: int64 [B + 1] of ragged rows, else None.
         counts: [B] of padded rows, else None.
+        pair_counts: number of pairs per image, in any layer, where the host knows it.
     """
 
     query: Tensor
@@ -43,33 +43,56 @@ class Matches:
     repeats: int = 1
     offsets: Tensor | None = None
     counts: Tensor | None = None
+    pair_counts: tuple[int, ...] | None = None
 
     @property
     def layers(self) -> int:
         """Number of layers, L."""
         return self.query.shape[0]
 
+    @property
+    def matched(self) -> Tensor:
+        """Bool [L, E, G]: whether the target row takes a query."""
+        return self.query >= 0
+
     def pairs(self, layer: int = 0, device: torch.device | str = "cpu") -> list[tuple[Tensor, Tensor]]:
         """The classic form of one layer: per image (query indices ascending, target indices within the image), int64.
 
-        This waits for the device: the lengths of the lists depend on its data.
-        """
-        query, begin, sizes = self.query[layer].cpu(), *self._host_rows()
-        pairs = []
-        for first, size in zip(begin, sizes, strict=True):
-            taken = query[:, first : first + size]
-            entry, target = (taken >= 0).nonzero(as_tuple=True)
-            chosen = taken[entry, target]
-            order = chosen.argsort()
-            pairs.append((chosen[order].to(device), target[order].to(device)))
-        return pairs
+        With `device="cpu"` this copies from the device. On the device it waits only where the host does not know the number of pairs:
+        after `invalid="drop"`, and for targets that did not come as a list.
 
-    def _host_rows(self) -> tuple[list[int], list[int]]:
-        """First row and number of rows of each image, read from the device."""
-        if self.counts is not None:
-            width = self.query.shape[-1] // max(self.batch, 1)
-            return [b * width for b in range(self.batch)], self.counts.tolist()
+        Args:
+            layer: which layer, 0 .. L - 1.
+            device: where the indices shall be.
+
+        Raises:
+            IndexError: for a layer that is not there.
+        """
+        if not 0 <= layer < self.layers:
+            raise IndexError(f"layer must lie in [0, {self.layers}), got {layer}")
+        query, target = self._sorted(layer)
+        counts = self.pair_counts if self.pair_counts is not None else self._count_pairs(layer)
+        total, lengths = sum(counts), list(counts)
+        query, target = query[:total].to(device), target[:total].to(device)
+        return list(zip(query.split(lengths), target.split(lengths), strict=True))
+
+    def _sorted(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Query and target within its image [E * G], by image and query; what is unmatched comes last."""
+        query = self.query[layer]  # [E, G]
+        place = (self.image * self.queries + query).masked_fill_(query < 0, self.batch * self.queries).view(-1)
+        order = place.argsort()
+        row = order if query.shape[0] == 1 else order % max(query.shape[1], 1)
+        return query.reshape(-1)[order], self._within_image()[row]
+
+    def _within_image(self) -> Tensor:
+        """Index of each row among those of its image, [G]."""
+        rows = torch.arange(self.query.shape[-1], device=self.query.device)
         if self.offsets is None:
-            return [0] * self.batch, [self.query.shape[-1]] * self.batch
-        offsets = self.offsets.tolist()
-        return offsets[:-1], [b - a for a, b in itertools.pairwise(offsets)]
+            return rows % max(rows.shape[0] // max(self.batch, 1), 1)
+        return rows - self.offsets[self.image]
+
+    def _count_pairs(self, layer: int) -> list[int]:
+        """Number of pairs per image, read from the device."""
+        matched = self.matched[layer].sum(0)  # [G]
+        counts: list[int] = matched.new_zeros(self.batch).scatter_add_(0, self.image, matched).tolist()
+        return counts

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..structures import PaddedTargets, upload
+from ..structures import PaddedTargets
 
 
 @dataclass(frozen=True)
@@ -54,25 +56,34 @@ AnyTargets = PackedTargets | PaddedTargets | Sequence[Mapping[str, Any]]
 def pack_targets(targets: AnyTargets, device: torch.device | str | None = None) -> PackedTargets:
     """Flat rows of targets given in any of the usual forms.
 
-    A list of dicts costs one upload; :class:`~ssod_fast.structures.PaddedTargets` are only viewed; packed targets pass through.
+    A list of dicts on the host costs one pinned upload, a list on the device the upload of its lengths;
+    :class:`~ssod_fast.structures.PaddedTargets` are only viewed; packed targets pass through. Nothing waits for the device.
 
     Args:
-        targets: one mapping per image with `boxes` [T, 4], `labels` or `class_labels` int64 [T], and optionally `weights` [T]; or
-            :class:`~ssod_fast.structures.PaddedTargets`; or :class:`PackedTargets`.
-        device: where the rows shall be; by default where the boxes are.
+        targets: one mapping per image with `boxes` [T, 4], `labels` or `class_labels` int64 [T], and optionally `weights` [T], all on one
+            device; or :class:`~ssod_fast.structures.PaddedTargets`; or :class:`PackedTargets`.
+        device: where the rows of a list shall be; by default where its boxes are. Targets in the other forms stay where they are.
 
     Returns:
         The rows, in the order of the images.
 
     Raises:
-        ValueError: for missing keys and wrong shapes.
-        TypeError: for targets or labels of another type.
+        ValueError: for missing keys, wrong shapes, several devices, and padded or packed targets on another device than `device`.
+        TypeError: for targets, boxes, labels or weights of another type.
     """
-    if isinstance(targets, PackedTargets):
-        return targets
-    if isinstance(targets, PaddedTargets):
-        return _from_padded(targets)
-    return _from_list(targets, device)
+    where = None if device is None else torch.device(device)
+    if isinstance(targets, PackedTargets | PaddedTargets):
+        _check_place(targets.boxes.device, where)
+        return targets if isinstance(targets, PackedTargets) else _from_padded(targets)
+    if isinstance(targets, str | Mapping | Tensor) or not isinstance(targets, Sequence):
+        raise TypeError(f"targets must be a list of mappings, PaddedTargets or PackedTargets, got {type(targets).__name__}")
+    return _from_list(targets, where)
+
+
+def _check_place(found: torch.device, wanted: torch.device | None) -> None:
+    if wanted is None or found == wanted or (found.type == wanted.type and wanted.index is None):
+        return
+    raise ValueError(f"targets must be on {wanted}, got {found}: move them with .to() first")
 
 
 def _from_padded(targets: PaddedTargets) -> PackedTargets:
@@ -83,46 +94,119 @@ def _from_padded(targets: PaddedTargets) -> PackedTargets:
     )
 
 
-def _from_list(targets: Sequence[Mapping[str, Any]], device: torch.device | str | None) -> PackedTargets:
-    rows = [_check_target(i, target) for i, target in enumerate(targets)]
-    sizes = tuple(boxes.shape[0] for boxes, _, _ in rows)
-    if not rows:
-        where = torch.device("cpu" if device is None else device)
+def _from_list(targets: Sequence[Mapping[str, Any]], where: torch.device | None) -> PackedTargets:
+    if not targets:
         none = torch.zeros(0, dtype=torch.int64, device=where)
-        return PackedTargets(none, none.new_zeros((0, 4), dtype=torch.float32), 0, none, offsets=none.new_zeros(1), sizes=())
-    where = rows[0][0].device if device is None else torch.device(device)
-    index = torch.zeros(len(sizes) + 1 + sum(sizes), dtype=torch.int64)
-    index[1 : len(sizes) + 1] = torch.tensor(sizes).cumsum(0)
-    index[len(sizes) + 1 :] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    index = upload(index, where)
-    weights = None
-    if any(w is not None for _, _, w in rows):
-        parts = [boxes.new_ones(boxes.shape[0], dtype=torch.float32) if w is None else w.float() for boxes, _, w in rows]
-        weights = upload(torch.cat(parts), where)
-    return PackedTargets(
-        upload(torch.cat([labels for _, labels, _ in rows]), where),
-        upload(torch.cat([boxes for boxes, _, _ in rows]), where),
-        len(sizes),
-        index[len(sizes) + 1 :],
-        offsets=index[: len(sizes) + 1],
-        weights=weights,
-        sizes=sizes,
+        return PackedTargets(none, torch.zeros(0, 4, device=where), 0, none, offsets=none.new_zeros(1), sizes=())
+    boxes, labels, weights = zip(*[_check_target(i, target) for i, target in enumerate(targets)], strict=True)
+    _check_devices(boxes, labels, weights)
+    sizes = tuple([box.shape[0] for box in boxes])
+    source = boxes[0].device
+    where = source if where is None else where
+    parts: list[list[Tensor]] = [list(boxes), list(labels)]
+    if any(weight is not None for weight in weights):
+        parts.append([_weights(*pair) for pair in zip(weights, boxes, strict=True)])
+    index = [[_offsets(sizes)], [_images(sizes)]]
+    rows = (
+        [torch.cat(part) for part in parts] + _upload_together(index, where) if source == where else _upload_together(parts + index, where)
     )
+    factors = rows[2] if len(parts) == 3 else None
+    return PackedTargets(rows[1], rows[0], len(sizes), rows[-1], offsets=rows[-2], weights=factors, sizes=sizes)
+
+
+def _offsets(sizes: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+def _images(sizes: tuple[int, ...]) -> Tensor:
+    """Image of each row; NumPy repeats on the host without the read of a tensor that torch would make."""
+    return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int64), sizes))
+
+
+def _weights(weights: Tensor | None, boxes: Tensor) -> Tensor:
+    return boxes.new_ones(boxes.shape[0], dtype=torch.float32) if weights is None else weights.float()
+
+
+def _upload_together(parts: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """Joins each part along its rows and moves all of them to `device` in one copy out of one pinned block."""
+    if device.type == "cpu":
+        return [part[0] if len(part) == 1 else torch.cat(list(part)).to(device) for part in parts]
+    if any(tensor.device.type != "cpu" for part in parts for tensor in part):
+        return [torch.cat(list(part)).to(device, non_blocking=True) for part in parts]
+    block, segments = _stage(parts, pinned=device.type == "cuda")
+    moved = block.to(device, non_blocking=True)  # the caching host allocator keeps the block until the copy is done
+    return [segment.of(moved) for segment in segments]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A tensor inside a block of bytes."""
+
+    first: int
+    count: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, block: Tensor) -> Tensor:
+        return block[self.first : self.first + self.count * self.dtype.itemsize].view(self.dtype).view(self.shape)
+
+
+_ALIGNMENT = 16  # bytes: a float32 box is loaded at once
+
+
+def _stage(parts: Sequence[Sequence[Tensor]], pinned: bool) -> tuple[Tensor, list[_Segment]]:
+    """The joined parts in one block of host memory, and where each of them lies."""
+    segments, end = [], 0
+    for part in parts:
+        dtype = torch.cat([tensor[:0] for tensor in part]).dtype  # as cat would promote
+        shape = (sum(tensor.shape[0] for tensor in part), *part[0].shape[1:])
+        segment = _Segment(end, sum(tensor.numel() for tensor in part), dtype, shape)
+        segments.append(segment)
+        end += -(-segment.count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    block = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    for part, segment in zip(parts, segments, strict=True):
+        with torch.no_grad():
+            torch.cat(list(part), out=segment.of(block))
+    return block, segments
+
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _check_target(i: int, target: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Boxes, labels and weights of one image, checked."""
     if not isinstance(target, Mapping):
         raise TypeError(f"targets[{i}] must be a mapping with 'boxes' and 'labels', got {type(target).__name__}")
-    labels = target.get("labels", target.get("class_labels"))
     boxes, weights = target.get("boxes"), target.get("weights")
+    labels = target.get("labels")
+    if labels is None:
+        labels = target.get("class_labels")
     if boxes is None or labels is None:
         raise ValueError(f"targets[{i}] must have 'boxes' and 'labels' (or 'class_labels'), got the keys {sorted(target)}")
-    if boxes.dim() != 2 or boxes.shape[1] != 4 or not boxes.is_floating_point():
+    _check_tensors(i, boxes, labels, weights)
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype not in _FLOATS:
         raise ValueError(f"targets[{i}]['boxes'] must be floating point [T, 4], got {boxes.dtype} {list(boxes.shape)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"targets[{i}]['labels'] must be int64, got {labels.dtype}")
-    for name, value in (("labels", labels), ("weights", weights)):
-        if value is not None and tuple(value.shape) != (boxes.shape[0],):
-            raise ValueError(f"targets[{i}][{name!r}] must be [{boxes.shape[0]}] as the boxes are, got {list(value.shape)}")
+    count = boxes.shape[0]
+    if labels.dim() != 1 or labels.shape[0] != count:
+        raise ValueError(f"targets[{i}]['labels'] must be [{count}] as the boxes are, got {list(labels.shape)}")
+    if weights is not None and (weights.dim() != 1 or weights.shape[0] != count):
+        raise ValueError(f"targets[{i}]['weights'] must be [{count}] as the boxes are, got {list(weights.shape)}")
     return boxes, labels, weights
+
+
+def _check_tensors(i: int, boxes: Any, labels: Any, weights: Any) -> None:
+    if isinstance(boxes, Tensor) and isinstance(labels, Tensor) and (weights is None or isinstance(weights, Tensor)):
+        return
+    for name, value in (("boxes", boxes), ("labels", labels), ("weights", weights)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"targets[{i}][{name!r}] must be a tensor, got {type(value).__name__}")
+
+
+def _check_devices(boxes: Sequence[Tensor], labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
+    device = boxes[0].device
+    for name, group in (("boxes", boxes), ("labels", labels), ("weights", weights)):
+        for i, tensor in enumerate(group):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"targets must be on one device, got {device} and targets[{i}][{name!r}] on {tensor.device}")

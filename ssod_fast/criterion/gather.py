@@ -1,0 +1,159 @@
+"""What the losses of matched pairs are made of: rows of matched queries, dense class targets, and the number of targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops._matches import Matches
+from ..ops.packed_targets import AnyTargets, PackedTargets, pack_targets
+
+
+def gather_matched(predictions: Tensor, matches: Matches) -> Tensor:
+    """The prediction that each target takes, for all layers at once; 0 for an unmatched target.
+
+    The gradient is written once per row, without atomics, because no query is taken twice.
+
+    Args:
+        predictions: [L, B, Q, D] or, for one layer, [B, Q, D].
+        matches: of L layers.
+
+    Returns:
+        [L, E, G, D] in the dtype of `predictions`.
+
+    Raises:
+        ValueError: for predictions of another shape than the matches have, or on another device.
+    """
+    predictions = layers_of("predictions", predictions, matches)
+    width = predictions.shape[-1]
+    rows: Tensor = _Take.apply(predictions.flatten(1, 2), query_index(matches).flatten(1))  # type: ignore[no-untyped-call]
+    return rows.view(*matches.query.shape, width)
+
+
+def class_targets(matches: Matches, labels: Tensor, background: int) -> Tensor:
+    """Class of each query for losses that need a dense target.
+
+    Args:
+        matches: of L layers and G target rows.
+        labels: int64 [G].
+        background: class of unmatched queries.
+
+    Returns:
+        int64 [L, B, Q].
+
+    Raises:
+        ValueError: for labels that do not fit the matches.
+    """
+    check_rows("labels", labels, matches)
+    layers, queries = matches.layers, matches.batch * matches.queries
+    index = query_index(matches).flatten(1)  # [L, E * G]
+    values = labels.to(torch.int64).expand(*matches.query.shape).flatten(1)
+    dense = torch.full((layers, queries + 1), background, dtype=torch.int64, device=labels.device)
+    return dense.scatter(1, index, values)[:, :queries].unflatten(1, (matches.batch, matches.queries))
+
+
+def normalizer(matches: Matches, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """What losses over matched pairs are divided by: the mean number of targets per rank, times the queries each takes, at least 1.
+
+    Args:
+        matches: the number of targets is that of the real rows, matched or not.
+        process_group: ranks to average over, by default all; nothing is communicated outside of distributed training.
+
+    Returns:
+        float32 scalar on the device of the matches. Nothing waits for it.
+    """
+    copies = matches.groups * matches.repeats
+    count = _real_rows(matches).to(torch.float32) * copies
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count, group=process_group)
+        count = count / dist.get_world_size(process_group)
+    least: Tensor = count.clamp(min=1)
+    return least
+
+
+def _real_rows(matches: Matches) -> Tensor:
+    if matches.counts is not None:
+        return matches.counts.sum()
+    if matches.offsets is not None:
+        return matches.offsets[-1]
+    return torch.full((), matches.image.shape[0], device=matches.query.device)
+
+
+def query_index(matches: Matches) -> Tensor:
+    """Index of the matched query among all B * Q of its layer, int64 [L, E, G]; B * Q for an unmatched target."""
+    index = matches.image * matches.queries + matches.query
+    return torch.where(matches.matched, index, matches.batch * matches.queries)
+
+
+def gather_logits(logits: Tensor, matches: Matches, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """One logit of each matched query.
+
+    Args:
+        logits: [L, B, Q, C].
+        matches: of L layers.
+        classes: int64 [G], a column per target; columns outside of 0 .. C - 1 count as unmatched.
+
+    Returns:
+        [L, E, G] logits, 0 where there is none, and bool [L, E, G], where there is one.
+    """
+    count = logits.shape[-1]
+    found = matches.matched & (classes >= 0) & (classes < count)
+    index = query_index(matches) * count + classes
+    index = torch.where(found, index, logits[0].numel() if logits.shape[0] else 0)
+    values: Tensor = _Take.apply(logits.flatten(1).unsqueeze(-1), index.flatten(1))  # type: ignore[no-untyped-call]
+    return values.view(matches.query.shape), found
+
+
+class _Take(torch.autograd.Function):
+    """Rows [L, M, D] of [L, N, D] by index [L, M], where the index N means a row of zeros and no other occurs twice."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = values.shape[1]
+        if not values.shape[1]:
+            return values.new_zeros(*index.shape, values.shape[2])
+        found = (index < values.shape[1]).unsqueeze(-1)
+        rows = values.gather(1, index.clamp(max=values.shape[1] - 1).unsqueeze(-1).expand(-1, -1, values.shape[2]))
+        return torch.where(found, rows, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        spare = grad.new_zeros(grad.shape[0], ctx.count + 1, grad.shape[2])  # the last row takes what belongs to no query
+        return spare.scatter(1, index.unsqueeze(-1).expand_as(grad), grad)[:, : ctx.count], None
+
+
+def packed_for(targets: AnyTargets, matches: Matches) -> PackedTargets:
+    """The rows of `targets`, which must be those that were matched."""
+    packed = pack_targets(targets, matches.query.device)
+    if packed.rows != matches.query.shape[-1] or packed.batch != matches.batch:
+        raise ValueError(
+            f"targets must be those of the matches, {matches.query.shape[-1]} rows in {matches.batch} images, "
+            f"got {packed.rows} rows in {packed.batch} images"
+        )
+    return packed
+
+
+def layers_of(name: str, predictions: Tensor, matches: Matches) -> Tensor:
+    """Predictions as [L, B, Q, D], checked against the matches."""
+    if not isinstance(predictions, Tensor) or not predictions.is_floating_point():
+        found = predictions.dtype if isinstance(predictions, Tensor) else type(predictions).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {found}")
+    stacked = predictions.unsqueeze(0) if predictions.dim() == 3 else predictions
+    wanted = (matches.layers, matches.batch, matches.queries)
+    if stacked.dim() != 4 or tuple(stacked.shape[:3]) != wanted:
+        raise ValueError(f"{name} must be {[*wanted, 'D']} as the matches are, got {list(predictions.shape)}")
+    if stacked.device != matches.query.device:
+        raise ValueError(f"{name} and matches must be on one device, got {stacked.device} and {matches.query.device}")
+    return stacked
+
+
+def check_rows(name: str, values: Tensor, matches: Matches) -> None:
+    """Refuses what does not hold one value per target row."""
+    rows = matches.query.shape[-1]
+    if tuple(values.shape) != (rows,):
+        raise ValueError(f"{name} must be [{rows}] as the matches are, got {list(values.shape)}")

@@ -1,0 +1,302 @@
+"""Losses of a DETR-like detector on matched pairs, for all decoder layers and images at once.
+
+A query without a target takes part with its background term alone. The term of a matched query is written as the background term plus the
+difference that its target makes, so that no dense target is built, and a target of weight 0 leaves the background. Each function returns
+one value per layer; nothing waits for the device. Half-precision predictions are computed in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops._matches import Matches
+from ..ops.box_iou import Format, Mode
+from ..ops.packed_targets import AnyTargets, PackedTargets
+from ..ops.paired_box_iou import paired_box_iou
+from .gather import gather_logits, gather_matched, layers_of, normalizer, packed_for
+
+
+class BoxLosses(NamedTuple):
+    """Sums over matched pairs divided by the normalizer, [L] each."""
+
+    l1: Tensor
+    giou: Tensor
+
+
+def matched_box_losses(
+    boxes: Tensor, targets: AnyTargets, matches: Matches, *, fmt: Format = "cxcywh", mode: Mode = "giou", norm: Tensor | float | None = None
+) -> BoxLosses:
+    """L1 distance in the given format, and 1 - GIoU.
+
+    Args:
+        boxes: [L, B, Q, 4] or [B, Q, 4], predictions.
+        targets: those that were matched, with boxes in the same format and frame, and optionally a weight per target.
+        matches: of the same layers.
+        fmt: format of both, "cxcywh" (normalised) for DETR.
+        mode: which overlap, see :func:`~ssod_fast.ops.box_iou`.
+        norm: what to divide by, by default :func:`normalizer`.
+
+    Returns:
+        [L] each.
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for predictions of another type.
+    """
+    pairs = _Pairs.of(targets, matches, norm)
+    predicted, wanted = pairs.boxes(boxes)
+    l1 = (predicted - wanted).abs().sum(-1)
+    giou = 1 - paired_box_iou(predicted, wanted, mode=mode, fmt=fmt)
+    return BoxLosses(pairs.total(l1), pairs.total(giou))
+
+
+def matched_focal_loss(
+    logits: Tensor, targets: AnyTargets, matches: Matches, *, alpha: float = 0.25, gamma: float = 2.0, norm: Tensor | float | None = None
+) -> Tensor:
+    """Sigmoid focal loss (Lin et al., 2017) over all queries and classes, as Deformable DETR and DINO train with it.
+
+    Args:
+        logits: [L, B, Q, C] or [B, Q, C].
+        targets: those that were matched, optionally with a weight per target.
+        matches: of the same layers.
+        alpha: weight of the target's class; the background has 1 - alpha.
+        gamma: exponent of the modulating factor.
+        norm: what to divide by, by default :func:`normalizer`.
+
+    Returns:
+        [L].
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for logits of another type.
+    """
+    pairs = _Pairs.of(targets, matches, norm)
+    logits = layers_of("logits", logits, matches)
+    x, found = pairs.logits(logits)
+    change = alpha * _modulated(-x, gamma) - (1 - alpha) * _modulated(x, gamma)
+    return pairs.total(change, found, (1 - alpha) * _background_sum(logits, gamma, False))
+
+
+def matched_vfl_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: AnyTargets,
+    matches: Matches,
+    *,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    fmt: Format = "cxcywh",
+    norm: Tensor | float | None = None,
+) -> Tensor:
+    """Varifocal loss (Zhang et al., 2021) as RT-DETR trains with it: the target's class learns the IoU of its box, weighted by it.
+
+    Args:
+        logits: [L, B, Q, C] or [B, Q, C].
+        boxes: [L, B, Q, 4] or [B, Q, 4]; they get no gradient.
+        targets: those that were matched, with boxes in the same format and frame, and optionally a weight per target.
+        matches: of the same layers.
+        alpha: weight of the background.
+        gamma: exponent of the probability in the background's weight, which gets no gradient.
+        fmt: format of the boxes.
+        norm: what to divide by, by default :func:`normalizer`.
+
+    Returns:
+        [L].
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for predictions of another type.
+    """
+    pairs = _Pairs.of(targets, matches, norm)
+    logits = layers_of("logits", logits, matches)
+    x, found = pairs.logits(logits)
+    quality = pairs.iou(boxes, fmt)
+    change = quality * _bce(x, quality) - alpha * _modulated(x, gamma, detach=True)
+    return pairs.total(change, found, alpha * _background_sum(logits, gamma, True))
+
+
+def matched_mal_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: AnyTargets,
+    matches: Matches,
+    *,
+    alpha: float | None = None,
+    gamma: float = 1.5,
+    fmt: Format = "cxcywh",
+    norm: Tensor | float | None = None,
+) -> Tensor:
+    """Matchability-aware loss of DEIM (Huang et al., 2025): the target's class learns IoU ** gamma at full weight.
+
+    Args:
+        logits: [L, B, Q, C] or [B, Q, C].
+        boxes: [L, B, Q, 4] or [B, Q, 4]; they get no gradient.
+        targets: those that were matched, with boxes in the same format and frame, and optionally a weight per target.
+        matches: of the same layers.
+        alpha: weight of the background, None for 1.
+        gamma: exponent of the IoU, and of the probability in the background's weight, which gets no gradient.
+        fmt: format of the boxes.
+        norm: what to divide by, by default :func:`normalizer`.
+
+    Returns:
+        [L].
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for predictions of another type.
+    """
+    factor = 1.0 if alpha is None else alpha
+    pairs = _Pairs.of(targets, matches, norm)
+    logits = layers_of("logits", logits, matches)
+    x, found = pairs.logits(logits)
+    change = _bce(x, pairs.iou(boxes, fmt) ** gamma) - factor * _modulated(x, gamma, detach=True)
+    return pairs.total(change, found, factor * _background_sum(logits, gamma, True))
+
+
+_LEAST_QUALITY = 0.01
+
+
+def matched_ia_bce_loss(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: AnyTargets,
+    matches: Matches,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    fmt: Format = "cxcywh",
+    norm: Tensor | float | None = None,
+) -> Tensor:
+    """IoU-aware classification loss of LW-DETR (Chen et al., 2024).
+
+    The target's class learns p ** alpha * IoU ** (1 - alpha), at least 0.01. Logarithms come from the logits, so that saturated ones stay
+    finite.
+
+    Args:
+        logits: [L, B, Q, C] or [B, Q, C].
+        boxes: [L, B, Q, 4] or [B, Q, 4]; they get no gradient.
+        targets: those that were matched, with boxes in the same format and frame, and optionally a weight per target.
+        matches: of the same layers.
+        alpha: exponent of the probability in the target, which gets no gradient.
+        gamma: exponent of the probability in the background's weight, which has a gradient.
+        fmt: format of the boxes.
+        norm: what to divide by, by default :func:`normalizer`.
+
+    Returns:
+        [L].
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for predictions of another type.
+    """
+    pairs = _Pairs.of(targets, matches, norm)
+    logits = layers_of("logits", logits, matches)
+    x, found = pairs.logits(logits)
+    quality = x.detach().sigmoid() ** alpha * pairs.iou(boxes, fmt) ** (1 - alpha)
+    change = _bce(x, quality.clamp(min=_LEAST_QUALITY)) - _modulated(x, gamma)
+    return pairs.total(change, found, _background_sum(logits, gamma, False))
+
+
+def matched_ce_loss(logits: Tensor, targets: AnyTargets, matches: Matches, *, eos_coef: float = 0.1) -> Tensor:
+    """Softmax cross-entropy of DETR (Carion et al., 2020), divided by the sum of the weights rather than by the number of targets.
+
+    Args:
+        logits: [L, B, Q, C + 1] or [B, Q, C + 1], the background last.
+        targets: those that were matched, optionally with a weight per target.
+        matches: of the same layers.
+        eos_coef: weight of the background.
+
+    Returns:
+        [L].
+
+    Raises:
+        ValueError: for shapes that do not fit the matches.
+        TypeError: for logits of another type.
+    """
+    pairs = _Pairs.of(targets, matches, 1.0)
+    log_p = F.log_softmax(_wide(layers_of("logits", logits, matches)), -1)
+    last = log_p.shape[-1] - 1
+    on_target, found = pairs.logits(log_p)
+    on_background, _ = gather_logits(log_p, matches, torch.full_like(pairs.targets.labels, last))
+    loss = pairs.total(eos_coef * on_background - on_target, found, -eos_coef * log_p[..., last].flatten(1).sum(1))
+    weights = pairs.total(torch.full_like(on_target, 1 - eos_coef), found, eos_coef * (log_p.shape[1] * log_p.shape[2]))
+    return loss / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+class _Pairs(NamedTuple):
+    """Matched pairs with the weight of each and what their sum is divided by."""
+
+    targets: PackedTargets
+    matches: Matches
+    norm: Tensor | float
+
+    @classmethod
+    def of(cls, targets: AnyTargets, matches: Matches, norm: Tensor | float | None) -> _Pairs:
+        return cls(packed_for(targets, matches), matches, normalizer(matches) if norm is None else norm)
+
+    def boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted and target boxes [L, E, G, 4]; both are 0 where there is no pair, so that neither loss nor gradient can be NaN."""
+        predicted = _wide(gather_matched(layers_of("boxes", boxes, self.matches), self.matches))
+        wanted = self.targets.boxes.to(predicted.dtype)
+        return predicted, torch.where(self.matches.matched.unsqueeze(-1), wanted, 0)
+
+    def iou(self, boxes: Tensor, fmt: Format) -> Tensor:
+        """IoU of the pairs [L, E, G], a constant."""
+        predicted, wanted = self.boxes(boxes.detach())
+        return paired_box_iou(predicted, wanted, fmt=fmt)
+
+    def logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit of the target's class [L, E, G], and where there is one."""
+        values, found = gather_logits(logits, self.matches, self.targets.labels)
+        return _wide(values), found
+
+    def total(self, values: Tensor, found: Tensor | None = None, rest: Tensor | float = 0.0) -> Tensor:
+        """(Weighted sum of the pairs + rest) / norm, [L]."""
+        if self.targets.weights is not None:
+            values = values * self.targets.weights.to(values.dtype)
+        values = torch.where(self.matches.matched if found is None else found, values, 0)
+        return (values.sum((1, 2)) + rest) / self.norm
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _bce(x: Tensor, target: Tensor) -> Tensor:
+    """-target ln p - (1 - target) ln(1 - p) of a logit."""
+    return F.softplus(x) - target * x
+
+
+def _modulated(x: Tensor, gamma: float, detach: bool = False) -> Tensor:
+    """-p ** gamma ln(1 - p) of a logit; with `detach` the factor is a constant."""
+    p = x.detach().sigmoid() if detach else x.sigmoid()
+    return p**gamma * F.softplus(x)
+
+
+def _background_sum(logits: Tensor, gamma: float, detach: bool) -> Tensor:
+    """Sum of :func:`_modulated` per layer, [L]."""
+    result: Tensor = _BackgroundSum.apply(logits, gamma, detach)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _BackgroundSum(torch.autograd.Function):
+    """Keeps the logits alone for the backward pass, where autograd would keep five tensors of their size."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gamma: float, detach: bool) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.gamma, ctx.detach = gamma, detach
+        return _modulated(_wide(logits), gamma).flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (logits,) = ctx.saved_tensors
+        x = _wide(logits)
+        p = x.sigmoid()
+        slope = p if ctx.detach else p + ctx.gamma * (1 - p) * F.softplus(x)
+        slope = p**ctx.gamma * slope * grad.view(-1, 1, 1, 1)
+        return slope.to(logits.dtype), None, None
