@@ -1,0 +1,192 @@
+// Maths of the matching cost of one target and one query, shared by the CPU and CUDA kernels and tested through
+// tests/cpp/matching_cost.cpp. ssod_fast/ops/matching_cost.py is the specification.
+//
+// That 1 - p is rounded to float32 is part of the contract: matchings of saturated predictions depend on it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "boxes.h"
+
+namespace ssod {
+
+enum class ClassMode : int64_t { focal, focal_logits, softmax, prob, none };
+
+// Options of a call; a plain value, passed to kernels as it is.
+template <typename T>
+struct CostRule {
+  ClassMode class_mode;
+  Format format;
+  bool zero;    // eps mode "zero" of GIoU
+  bool square;  // gamma is 2
+  T alpha, beta;
+  T gamma, eps;
+  T w_class, w_box, w_giou;
+  Eps<T> giou_eps;
+};
+
+template <typename T>
+CostRule<T> make_cost_rule(int64_t class_mode, double alpha, double gamma, double eps, double w_class, double w_box,
+                           double w_giou, int64_t fmt, int64_t eps_mode, double giou_eps) {
+  const auto guard = static_cast<EpsMode>(eps_mode);
+  return {static_cast<ClassMode>(class_mode),
+          static_cast<Format>(fmt),
+          guard == EpsMode::zero,
+          gamma == 2,
+          static_cast<T>(alpha),
+          static_cast<T>(1 - alpha),
+          static_cast<T>(gamma),
+          static_cast<T>(eps),
+          static_cast<T>(w_class),
+          static_cast<T>(w_box),
+          static_cast<T>(w_giou),
+          make_eps<T>(guard, giou_eps)};
+}
+
+template <typename To, typename From>
+SSOD_HD To same_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// e^x for x <= 0, to 1 ulp; 0 where the result is not a normal number. NaN stays NaN.
+SSOD_HD double exp_down(double x) { return std::exp(x); }
+
+SSOD_HD float exp_down(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer, whose low bits then stand at the end of the float.
+  constexpr float kRound = 12582912.0f;
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 0.5f;
+  y = (y * (r * r) + r) + 1.0f;
+  const float scaled = same_bits<float>(same_bits<uint32_t>(y) + (same_bits<uint32_t>(shifted) << 23));
+  const float result = x < -87.0f ? 0.0f : scaled;
+  return x == x ? result : x;
+#endif
+}
+
+// ln x for positive normal x, to 1 ulp; anything for other x.
+SSOD_HD double log_normal(double x) { return std::log(x); }
+
+SSOD_HD float log_normal(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  // x = 2^k m with m in [sqrt(1/2), sqrt(2)).
+  constexpr int32_t kHalfRoot = 0x3f3504f3;
+  const int32_t bits = same_bits<int32_t>(x) - kHalfRoot;
+  const float k = static_cast<float>(bits >> 23);
+  const float f = same_bits<float>((bits & 0x007fffff) + kHalfRoot) - 1.0f;
+  const float square = f * f;
+  float y = 7.0376836292e-2f;
+  y = y * f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  y = ((y * f) * square - k * 2.12194440e-4f) - 0.5f * square;
+  return (f + y) + k * 0.693359375f;
+#endif
+}
+
+// x^gamma for 0 <= x <= 1.
+template <bool square, typename T>
+SSOD_HD T focal_power(T x, T gamma) {
+  if constexpr (square) {
+    return x * x;
+  }
+  const T power = exp_down(gamma * log_normal(x));
+  const T of_zero = gamma == T(0) ? T(1) : x;  // x is 0 or NaN
+  return x > T(0) ? power : of_zero;
+}
+
+// Class term of the focal modes for logit x (Lin et al. 2017, as a cost: positive minus negative part).
+//
+// The smaller of p and 1 - p is computed and the larger is its complement, so that p is rounded once.
+template <ClassMode mode, bool square, typename T>
+SSOD_HD T focal_cost(T x, const CostRule<T>& rule) {
+  const T size = x < T(0) ? -x : x;
+  const T e = exp_down(-size);
+  const T small = e / (T(1) + e), large = T(1) - small;
+  const T p = x >= T(0) ? large : small, q = x >= T(0) ? T(1) - large : large;
+  T minus_log_p, minus_log_q;
+  if constexpr (mode == ClassMode::focal) {
+    minus_log_p = -log_normal(p + rule.eps);
+    minus_log_q = -log_normal(q + rule.eps);
+  } else {  // softplus of -x and of x
+    const T both = log_normal(T(1) + e);
+    minus_log_p = positive(-x) + both;
+    minus_log_q = positive(x) + both;
+  }
+  // A NaN logit makes both powers NaN, whatever its logarithms are.
+  return rule.alpha * (focal_power<square>(q, rule.gamma) * minus_log_p) -
+         rule.beta * (focal_power<square>(p, rule.gamma) * minus_log_q);
+}
+
+// Class term of mode "softmax" from the row's maximum and the sum of exp(x - maximum).
+template <typename T>
+SSOD_HD T softmax_cost(T x, T maximum, T sum) {
+  return -(exp_down(x - maximum) / sum);
+}
+
+// The four numbers that the L1 term compares.
+template <typename T>
+struct L1Box {
+  T a, b, c, d;
+};
+
+template <typename T>
+SSOD_HD T distance(T a, T b) {
+  return std::abs(a - b);
+}
+
+template <typename T>
+SSOD_HD T l1_distance(const L1Box<T>& x, const L1Box<T>& y) {
+  return ((distance(x.a, y.a) + distance(x.b, y.b)) + distance(x.c, y.c)) + distance(x.d, y.d);
+}
+
+// The cost from its box terms and the weighted class term.
+template <bool zero, typename T>
+SSOD_HD T pair_cost(const Box<T>& query, const L1Box<T>& query_l1, const Box<T>& target, const L1Box<T>& target_l1,
+                    T weighted_class, const CostRule<T>& rule) {
+  const T l1 = rule.w_box * l1_distance(query_l1, target_l1);
+  return (l1 + weighted_class) - rule.w_giou * overlap<Mode::giou, zero>(query, target, rule.giou_eps);
+}
+
+constexpr int64_t kNoKey = INT64_MAX;
+
+// Whether an entry counts in the row minimum: neither NaN nor infinite.
+template <typename T>
+SSOD_HD bool is_valid_cost(T x) {
+  return x - x == T(0);
+}
+
+// A float as an integer that rises with it; -0 counts as 0.
+SSOD_HD int32_t orderable(float x) {
+  const int32_t bits = same_bits<int32_t>(x + 0.0f);
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+// Value in the high half, query in the low half: the smallest key is the smallest cost at its lowest query.
+SSOD_HD int64_t row_key(float value, int64_t query) {
+  return static_cast<int64_t>((static_cast<uint64_t>(static_cast<uint32_t>(orderable(value))) << 32) |
+                              static_cast<uint64_t>(query));
+}
+
+}  // namespace ssod
