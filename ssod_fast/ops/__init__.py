@@ -11,6 +11,7 @@ from .gmm_threshold import GMMThreshold, gmm_threshold
 from .linear_assignment import linear_assignment, linear_sum_assignment
 from .match import match
 from .matching_cost import matching_cost
+from .one_to_many_assign import OneToMany, one_to_many_assign
 from .packed_targets import PackedTargets, pack_targets
 from .paired_box_iou import paired_box_iou, paired_iou_loss
 from .project import project_boxes
@@ -24,6 +25,7 @@ __all__ = [
     "GMMThreshold",
     "Kept",
     "Matches",
+    "OneToMany",
     "PackedTargets",
     "Placement",
     "PlanTables",
@@ -43,6 +45,7 @@ __all__ = [
     "linear_sum_assignment",
     "match",
     "matching_cost",
+    "one_to_many_assign",
     "pack_targets",
     "paired_box_iou",
     "paired_iou_loss",
