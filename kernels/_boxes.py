@@ -46,6 +46,21 @@ def batched(boxes: Tensor) -> Tensor:
     return boxes.reshape(math.prod(boxes.shape[:-2]), *boxes.shape[-2:])
 
 
+def two_dims(leading: int, *tensors: Tensor) -> tuple[list[Tensor], int]:
+    """Views of the tensors whose first `leading` dimensions are merged to two, and the size of the second.
+
+    All of them share those dimensions. Where their strides do not allow the merge (three different broadcasts, say) they are copied to one.
+    """
+    shape = tensors[0].shape[:leading]
+    for split in range(leading - 1, -1, -1):
+        outer, inner = shape[:split].numel(), shape[split:].numel()
+        try:
+            return [t.view(outer, inner, *t.shape[leading:]) for t in tensors], inner
+        except RuntimeError:  # these strides do not merge
+            continue
+    return [t.reshape(1, shape.numel(), *t.shape[leading:]) for t in tensors], shape.numel()
+
+
 def column_ranges(offsets1: Tensor, offsets2: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """First and last + 1 of the second set's boxes that each box of the first is paired with, int64 [rows] each; never out of range."""
     image, _, owned = image_of_row(offsets1, rows)
@@ -60,12 +75,8 @@ def gradient_like(boxes: Tensor, needed: bool) -> Tensor:
 
 
 @triton.jit
-def load_box(p_boxes, p_angle, i_box, i_angle, mask, FMT: tl.constexpr, EPS_MODE: tl.constexpr, MODE: tl.constexpr):
-    """Loads boxes that start at element `i_box` and converts them to planes. One that is not finite gets area NaN and corners 0."""
-    a = tl.load(p_boxes + i_box, mask=mask, other=0.0)
-    b = tl.load(p_boxes + i_box + 1, mask=mask, other=0.0)
-    c = tl.load(p_boxes + i_box + 2, mask=mask, other=0.0)
-    d = tl.load(p_boxes + i_box + 3, mask=mask, other=0.0)
+def planes(a, b, c, d, FMT: tl.constexpr, EPS_MODE: tl.constexpr):
+    """Corners, sides and area of boxes given as four numbers. One that is not finite gets area NaN and corners 0."""
     finite = (tl.abs(a) < INFINITY) & (tl.abs(b) < INFINITY) & (tl.abs(c) < INFINITY) & (tl.abs(d) < INFINITY)
     a, b, c, d = tl.where(finite, a, 0.0), tl.where(finite, b, 0.0), tl.where(finite, c, 0.0), tl.where(finite, d, 0.0)
     if FMT == XYXY_:
@@ -78,6 +89,17 @@ def load_box(p_boxes, p_angle, i_box, i_angle, mask, FMT: tl.constexpr, EPS_MODE
     if EPS_MODE == ZERO_:
         w, h = tl.maximum(w, 0.0), tl.maximum(h, 0.0)
     area = tl.where(finite, w * h, float("nan"))
+    return x1, y1, x2, y2, w, h, area
+
+
+@triton.jit
+def load_box(p_boxes, p_angle, i_box, i_angle, mask, FMT: tl.constexpr, EPS_MODE: tl.constexpr, MODE: tl.constexpr):
+    """Loads boxes that start at element `i_box` and converts them to planes, see :func:`planes`."""
+    a = tl.load(p_boxes + i_box, mask=mask, other=0.0)
+    b = tl.load(p_boxes + i_box + 1, mask=mask, other=0.0)
+    c = tl.load(p_boxes + i_box + 2, mask=mask, other=0.0)
+    d = tl.load(p_boxes + i_box + 3, mask=mask, other=0.0)
+    x1, y1, x2, y2, w, h, area = planes(a, b, c, d, FMT, EPS_MODE)
     if MODE == CIOU_:
         angle = tl.load(p_angle + i_angle, mask=mask, other=0.0)
     else:

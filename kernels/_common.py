@@ -28,3 +28,9 @@ def true_div(num, den):
     else:
         result = tl.div_rn(num, den)
     return result
+
+
+@triton.jit
+def at_least(x, FLOOR: tl.constexpr):
+    """max(x, FLOOR), FLOOR a constant in the dtype of x; NaN stays."""
+    return tl.where(x < FLOOR, FLOOR, x)

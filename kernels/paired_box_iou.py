@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._boxes import Rule
-from ._boxes import NO_FMA, angles, gradient_like, load_box, overlap, overlap_gradients, store_gradient
+from ._boxes import NO_FMA, angles, gradient_like, load_box, overlap, overlap_gradients, store_gradient, two_dims
 from ._common import cdiv, on_device
 
 BLOCK = 256
@@ -86,28 +86,13 @@ def paired_box_iou_bwd_kernel(
         store_gradient(p_grad2, i_pair * 4, bx1, by1, bx2, by2, pairs, FMT)
 
 
-def _two_dims(leading: int, *tensors: Tensor) -> tuple[list[Tensor], int]:
-    """Views of the tensors whose first `leading` dimensions are merged to two, and the size of the second.
-
-    All of them share those dimensions. Where their strides do not allow the merge (three different broadcasts, say) they are copied to one.
-    """
-    shape = tensors[0].shape[:leading]
-    for split in range(leading - 1, -1, -1):
-        outer, inner = shape[:split].numel(), shape[split:].numel()
-        try:
-            return [t.view(outer, inner, *t.shape[leading:]) for t in tensors], inner
-        except RuntimeError:  # these strides do not merge
-            continue
-    return [t.reshape(1, shape.numel(), *t.shape[leading:]) for t in tensors], shape.numel()
-
-
 def paired_box_iou(boxes1: Tensor, boxes2: Tensor, mode: int, fmt: int, eps_mode: int, eps: float, nan_zero: bool) -> Tensor:
     """`ssod_fast::paired_box_iou`: [..., 4], [..., 4] of one shape -> [...]."""
     rule = Rule(mode, fmt, eps_mode, eps)
     out = torch.empty(boxes1.shape[:-1], dtype=boxes1.dtype, device=boxes1.device)
     if out.numel() == 0:
         return out
-    (flat1, flat2), inner = _two_dims(out.dim(), boxes1, boxes2)
+    (flat1, flat2), inner = two_dims(out.dim(), boxes1, boxes2)
     with on_device(out):
         paired_box_iou_fwd_kernel[(cdiv(out.numel(), BLOCK),)](
             flat1,
@@ -144,7 +129,7 @@ def paired_box_iou_backward(
     grad1, grad2 = gradient_like(boxes1, need1), gradient_like(boxes2, need2)
     if grad.numel() == 0 or not (need1 or need2):
         return grad1, grad2
-    (flat, flat1, flat2), inner = _two_dims(grad.dim(), grad, boxes1, boxes2)
+    (flat, flat1, flat2), inner = two_dims(grad.dim(), grad, boxes1, boxes2)
     with on_device(grad):
         paired_box_iou_bwd_kernel[(cdiv(grad.numel(), BLOCK),)](
             flat,

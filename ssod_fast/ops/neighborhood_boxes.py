@@ -211,5 +211,6 @@ register(
     "-> (Tensor boxes, Tensor valid, Tensor rois, Tensor iof, Tensor iou, Tensor targets, Tensor clipped)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op: Callable[..., Outputs] = torch.ops.ssod_fast.neighborhood_boxes.default

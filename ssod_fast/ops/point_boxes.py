@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,10 +116,15 @@ def _fake(
     return points.new_empty((*shape, 4)), points.new_empty(shape, dtype=torch.bool)
 
 
+def _triton(*args: Any) -> Any:
+    return importlib.import_module("ssod_fast.kernels.point_boxes").point_boxes(*args)
+
+
 register(
     "point_boxes(Tensor points, Tensor? image_index, Tensor? offsets, Tensor image_hw, float[] scales, float[] ratios, int cut, "
     "float iof_threshold) -> (Tensor boxes, Tensor valid)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.ssod_fast.point_boxes.default

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,10 +106,15 @@ def _fake(
     return boxes, boxes.new_empty(shape, dtype=torch.bool), boxes.new_empty(shape if return_max else (0,))
 
 
+def _triton(*args: Any) -> Any:
+    return importlib.import_module("ssod_fast.kernels.random_negative_boxes").random_negative_boxes(*args)
+
+
 register(
     "random_negative_boxes(Tensor uniforms, Tensor image_hw, Tensor positives, Tensor offsets, float threshold, bool return_max) "
     "-> (Tensor boxes, Tensor keep, Tensor max_iou)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.ssod_fast.random_negative_boxes.default

@@ -21,6 +21,13 @@ KERNELS = {
     "compose_images_kernel",
     "compose_boxes_kernel",
     "cache_write_kernel",
+    "encode_boxes_fwd_kernel",
+    "encode_boxes_bwd_kernel",
+    "decode_boxes_fwd_kernel",
+    "decode_boxes_bwd_kernel",
+    "neighborhood_boxes_kernel",
+    "point_boxes_kernel",
+    "random_negative_boxes_kernel",
 }
 
 
