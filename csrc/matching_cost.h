@@ -169,9 +169,10 @@ SSOD_HD T pair_cost(const Box<T>& query, const L1Box<T>& query_l1, const Box<T>&
   return (l1 + weighted_class) - rule.w_giou * overlap<Mode::giou, zero>(query, target, rule.giou_eps);
 }
 
-constexpr int64_t kNoKey = INT64_MAX;
+// Key of a row that holds an invalid entry, or none at all: whoever wants its minimum has to look.
+constexpr int64_t kUnknownKey = INT64_MIN;
 
-// Whether an entry counts in the row minimum: neither NaN nor infinite.
+// Neither NaN nor infinite.
 template <typename T>
 SSOD_HD bool is_valid_cost(T x) {
   return x - x == T(0);

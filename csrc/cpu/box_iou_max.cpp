@@ -17,6 +17,24 @@ namespace {
 constexpr int64_t kRowTile = 64;
 constexpr int64_t kColumnBlock = 1024;
 
+// Position of the first of values[0..n) that equals `wanted`; it must be there.
+template <typename T>
+SSOD_CLONES static int64_t position(const T* __restrict values, int64_t n, T wanted) {
+  constexpr int64_t kPart = 256;
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int part = static_cast<int>(std::min(kPart, n - i));
+    int first = part;
+    for (int k = 0; k < part; ++k) {
+      const int here = values[i + k] == wanted ? k : part;
+      first = here < first ? here : first;
+    }
+    if (first < part) {
+      return i + first;
+    }
+  }
+  return n;
+}
+
 // Column maxima: merges one row into them. The earliest row keeps a tie.
 template <typename T>
 SSOD_CLONES static void merge_row(const T* __restrict values, int32_t row, T* __restrict best, int32_t* __restrict arg,

@@ -15,25 +15,12 @@
 #include <vector>
 
 #include "cpu/box_planes.h"
-#include "cpu/reduce.h"
+#include "cpu/row_minimum.h"
 #include "cpu/simd.h"
 #include "matching_cost.h"
+#include "predictions.h"
 
 namespace ssod {
-
-// A tensor [L, B, Q, K] with contiguous last dimension; strides in elements.
-struct PredictionView {
-  const void* data;
-  torch::headeronly::ScalarType dtype;
-  int64_t layer, image, query;  // strides
-  int64_t width;                // K
-
-  int64_t offset(int64_t l, int64_t b, int64_t q) const { return l * layer + b * image + q * query; }
-};
-
-inline PredictionView make_prediction_view(const torch::stable::Tensor& t) {
-  return {t.data_ptr(), t.scalar_type(), t.stride(0), t.stride(1), t.stride(2), t.size(3)};
-}
 
 // What all problems of a call share. It points into the tensors, which must outlive it.
 template <typename T>
@@ -46,21 +33,6 @@ struct CostCall {
   const T* extra;         // [L, G, Q] or null
   int64_t extra_layer, extra_row;
 };
-
-// Rows of one image among all G.
-struct RowRange {
-  int64_t begin, size;
-};
-
-// Rows of an image by offsets [B + 1], by counts [B], or G / B for each. Wrong values never lead outside of [0, G).
-inline RowRange image_rows(const int64_t* offsets, const int64_t* counts, int64_t batch, int64_t rows, int64_t image) {
-  if (offsets) {
-    const int64_t begin = std::clamp<int64_t>(offsets[image], 0, rows);
-    return {begin, std::clamp<int64_t>(offsets[image + 1], begin, rows) - begin};
-  }
-  const int64_t width = rows / batch;
-  return {image * width, counts ? std::clamp<int64_t>(counts[image], 0, width) : width};
-}
 
 // One problem: rows [row0, row0 + rows) of an image against queries [query0, query0 + queries) of a layer.
 struct CostSlice {
@@ -114,7 +86,7 @@ struct CostWorkspace {
   Scratch<int32_t> slot_of_class;
   std::vector<CostTarget<T>> targets;
   std::vector<int64_t> distinct;
-  std::vector<T> least;  // smallest valid cost of each row so far
+  std::vector<T> least;  // smallest cost of each row so far
   alignas(64) T planes[9][kQueryChunk] = {};
   alignas(64) T row[kQueryChunk];
   alignas(64) T gathered[4 * kQueryChunk];
@@ -235,26 +207,6 @@ SSOD_CLONES static void add_row(const T* __restrict extra, T* __restrict out, in
   }
 }
 
-// Smallest valid value of values[0..n), n a multiple of kWholeVector, or +inf.
-template <typename T>
-SSOD_CLONES static T smallest_valid(const T* __restrict values, int64_t n) {
-  T lane[kWholeVector];
-  for (int64_t k = 0; k < kWholeVector; ++k) {
-    lane[k] = -minus_infinity<T>();
-  }
-  for (int64_t i = 0; i < n; i += kWholeVector) {
-    for (int64_t k = 0; k < kWholeVector; ++k) {
-      const T value = values[i + k] > minus_infinity<T>() ? values[i + k] : -minus_infinity<T>();  // NaN is not above
-      lane[k] = lower(value, lane[k]);
-    }
-  }
-  T least = lane[0];
-  for (int64_t k = 1; k < kWholeVector; ++k) {
-    least = lower(lane[k], least);
-  }
-  return least;
-}
-
 // Calls f with typed logits at the first query of the slice.
 template <typename T, typename F>
 void with_logits(const PredictionView& view, int64_t offset, F&& f) {
@@ -286,7 +238,7 @@ class Filler {
     read_targets();
     space_.least.assign(slice_.rows, -minus_infinity<T>());
     if (keys) {
-      std::fill(keys, keys + slice_.rows, kNoKey);
+      std::fill_n(keys, slice_.rows, slice_.queries > 0 ? 0 : kUnknownKey);
     }
     for (int64_t q = 0; q < slice_.queries; q += kQueryChunk) {
       const int64_t n = std::min(kQueryChunk, slice_.queries - q);
@@ -392,8 +344,7 @@ class Filler {
       T* const row = own_gap || (one_chunk && t + 1 < slice_.rows) ? wanted : space_.row;
       write_row<zero>(t, q, n, row);
       if (keys) {
-        std::fill(row + n, row + padded, -minus_infinity<T>());
-        offer(t, q, row, padded, keys);
+        offer(t, q, row_minimum(row, n), keys[t]);
       }
       if (row != wanted) {
         std::copy_n(row, n, wanted);
@@ -416,12 +367,13 @@ class Filler {
     }
   }
 
-  // Takes the smallest valid cost of a chunk into the row's key; the earliest query keeps a tie.
-  void offer(int64_t t, int64_t q, const T* row, int64_t padded, int64_t* keys) {
-    const T least = smallest_valid(row, padded);
-    if (least < space_.least[t]) {
-      space_.least[t] = least;
-      keys[t] = row_key(static_cast<float>(least), q + position(row, padded, least));
+  // Takes the minimum of a chunk into the row's key; the earliest query keeps a tie.
+  void offer(int64_t t, int64_t q, const RowMinimum<T>& chunk, int64_t& key) {
+    if (!chunk.finite || key == kUnknownKey) {
+      key = kUnknownKey;
+    } else if (chunk.value < space_.least[t]) {
+      space_.least[t] = chunk.value;
+      key = row_key(static_cast<float>(chunk.value), q + chunk.column);
     }
   }
 

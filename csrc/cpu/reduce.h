@@ -1,4 +1,4 @@
-// Maximum of a block in L1, and where a value is found.
+// Maximum of a block in L1.
 #pragma once
 
 #include <algorithm>
@@ -43,24 +43,6 @@ template <typename T>
 T largest(T* block, int64_t n) {
   std::fill(block + n, block + whole_vectors(n), minus_infinity<T>());
   return largest_of_lanes(block, whole_vectors(n));
-}
-
-// Position of the first of values[0..n) that equals `wanted`; it must be there.
-template <typename T>
-SSOD_CLONES static int64_t position(const T* __restrict values, int64_t n, T wanted) {
-  constexpr int64_t kPart = 256;
-  for (int64_t i = 0; i < n; i += kPart) {
-    const int part = static_cast<int>(std::min(kPart, n - i));
-    int first = part;
-    for (int k = 0; k < part; ++k) {
-      const int here = values[i + k] == wanted ? k : part;
-      first = here < first ? here : first;
-    }
-    if (first < part) {
-      return i + first;
-    }
-  }
-  return n;
 }
 
 }  // namespace ssod

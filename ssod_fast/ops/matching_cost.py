@@ -18,7 +18,7 @@ from .packed_targets import AnyTargets, PackedTargets, pack_targets
 ClassMode = Literal["focal", "focal_logits", "softmax", "prob", "none"]
 CLASS_MODES = {name: i for i, name in enumerate(get_args(ClassMode))}
 FOCAL, FOCAL_LOGITS, SOFTMAX, PROB, NO_CLASS = range(5)
-NO_KEY = torch.iinfo(torch.int64).max
+UNKNOWN_KEY = torch.iinfo(torch.int64).min
 _SMALLEST_EPS = 1e-37  # a normal number in float32, so that no logarithm meets 0
 
 
@@ -134,8 +134,8 @@ def matching_cost(
     Returns:
         Cost, float32 or float64, contiguous in queries: [L, G, Q], or [L, B, N, Q] for padded targets of N rows per image; without L if the
         inputs have none. Rows of padding hold +inf, rows whose label is outside 0 .. C - 1 hold NaN. With `row_min` the pair of it and
-        keys, int64 of the same shape without Q: in the high half the row's smallest finite cost, as a float32 whose bits rise with the
-        value (-0 counts as 0), in the low half the lowest query that has it; the largest int64 where a row has no finite entry.
+        keys, int64 of the same shape without Q: in the high half the row's smallest cost, as a float32 whose bits rise with the value (-0
+        counts as 0), in the low half the lowest query that has it; the smallest int64 for a row that is empty or not finite throughout.
 
     Raises:
         ValueError: for wrong shapes, devices, option values, all weights 0, and labels out of range where they lie on the host.
@@ -392,14 +392,12 @@ def _box_terms(boxes: Tensor, target_boxes: Tensor, image: Tensor, image_hw: Ten
 def row_keys(cost: Tensor) -> Tensor:
     """Keys [...] of the rows of a cost [..., Q], see :func:`matching_cost`."""
     if cost.shape[-1] == 0:
-        return cost.new_full(cost.shape[:-1], NO_KEY, dtype=torch.int64)
-    finite = cost.isfinite()
-    cost = cost.where(finite, math.inf)
+        return cost.new_full(cost.shape[:-1], UNKNOWN_KEY, dtype=torch.int64)
     least = cost.amin(-1)
     query = (cost == least.unsqueeze(-1)).to(torch.uint8).argmax(-1)
     bits = (least.to(torch.float32) + 0.0).view(torch.int32)
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    return ((order << 32) | query).where(finite.any(-1), NO_KEY)
+    return ((order << 32) | query).where(cost.isfinite().all(-1), UNKNOWN_KEY)
 
 
 def _reference(
@@ -426,7 +424,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     cost, keys = _fake(logits, boxes, labels, *[None] * 16, row_min)
     if cost.numel() == 0 or batch == 0:
-        return cost.fill_(math.inf), keys.fill_(NO_KEY)
+        return cost.fill_(math.inf), keys.fill_(UNKNOWN_KEY)
     image, owned = _image_of_rows(labels.shape[0], batch, offsets, counts, labels)
     l1, giou = _box_terms(boxes, target_boxes, image, image_hw, fmt, Rule(_boxes.GIOU, fmt, eps_mode, giou_eps))
     cost = w_box * l1
