@@ -185,8 +185,8 @@ SSOD_HD int32_t orderable(float x) {
 }
 
 // Value in the high half, query in the low half: the smallest key is the smallest cost at its lowest query.
-SSOD_HD int64_t row_key(float value, int64_t query) {
-  return static_cast<int64_t>((static_cast<uint64_t>(static_cast<uint32_t>(orderable(value))) << 32) |
+SSOD_HD int64_t row_key(int32_t order, int64_t query) {
+  return static_cast<int64_t>((static_cast<uint64_t>(static_cast<uint32_t>(order)) << 32) |
                               static_cast<uint64_t>(query));
 }
 

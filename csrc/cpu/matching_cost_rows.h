@@ -373,7 +373,7 @@ class Filler {
       key = kUnknownKey;
     } else if (chunk.value < space_.least[t]) {
       space_.least[t] = chunk.value;
-      key = row_key(static_cast<float>(chunk.value), q + chunk.column);
+      key = row_key(orderable(static_cast<float>(chunk.value)), q + chunk.column);
     }
   }
 
