@@ -52,7 +52,8 @@ def class_targets(matches: Matches, labels: Tensor, background: int) -> Tensor:
     index = query_index(matches).flatten(1)  # [L, E * G]
     values = labels.to(torch.int64).expand(*matches.query.shape).flatten(1)
     dense = torch.full((layers, queries + 1), background, dtype=torch.int64, device=labels.device)
-    return dense.scatter(1, index, values)[:, :queries].unflatten(1, (matches.batch, matches.queries))
+    classes: Tensor = dense.scatter(1, index, values)[:, :queries].unflatten(1, (matches.batch, matches.queries))
+    return classes
 
 
 def normalizer(matches: Matches, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -69,7 +70,7 @@ def normalizer(matches: Matches, *, process_group: dist.ProcessGroup | None = No
     count = _real_rows(matches).to(torch.float32) * copies
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count, group=process_group)
-        count = count / dist.get_world_size(process_group)
+        count /= dist.get_world_size(process_group)
     least: Tensor = count.clamp(min=1)
     return least
 
