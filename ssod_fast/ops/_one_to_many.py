@@ -164,7 +164,7 @@ def make_options(
 class Pairs(NamedTuple):
     """All pairs of G target rows and Q queries of their image, on L layers: each [L, G, Q]."""
 
-    iou: Tensor  # 0 where it is NaN
+    iou: Tensor  # NaN for boxes that are not finite
     metric: Tensor  # what the rule reports: m, the cost, or the overlap
     merit: Tensor  # what it maximises: the metric or minus the cost; -inf where a pair is impossible
     near: Tensor  # whether the prior is where the rule wants it to be
@@ -209,11 +209,11 @@ def _probabilities(p: Problem, from_logits: bool) -> Tensor:
 
 
 def pair_overlaps(p: Problem, rule: int) -> Tensor:
-    """Overlap of every pair [L, G, Q]: IoU with the union raised to 1e-6, or CIoU raised to 0."""
+    """Overlap of every pair [L, G, Q]: IoU with the union raised to 1e-6, or CIoU raised to 0. NaN for boxes that are not finite."""
     how = _CIOU if rule == TAL_ANY else _IOU
     boxes = _overlaps.corners(p.boxes, how)
     queries = _overlaps.Corners(*(plane[:, p.image] for plane in boxes))
-    return _overlaps.overlaps(_overlaps.corners(p.targets, how).unsqueeze(-1), queries, how, nan_zero=True).clamp(min=0)
+    return _overlaps.overlaps(_overlaps.corners(p.targets, how).unsqueeze(-1), queries, how, nan_zero=False).clamp(min=0)
 
 
 def box_centers(boxes: Tensor) -> Tensor:
@@ -254,7 +254,8 @@ def _simota_cost(p: Problem, iou: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     if o.from_logits:
         log_p, log_q = -softplus(-p.scores), -softplus(p.scores)
     else:
-        log_p, log_q = p.scores.log(), (-p.scores).log1p()
+        bounded = p.scores.clamp(0, 1)
+        log_p, log_q = bounded.log(), (-bounded).log1p()
     log_p, log_q = log_p.clamp(min=MIN_LOG), log_q.clamp(min=MIN_LOG)
     classes = -(log_q.sum(-1)[:, p.image] - _label_scores(log_q, p) + _label_scores(log_p, p))
     center, reach = box_centers(p.targets), CENTER_RADIUS * p.priors[:, 2:]

@@ -284,11 +284,11 @@ def _nearest(p: Problem, pairs: Pairs, o: Options) -> Tensor:
     distance = offset.square().sum(-1).expand_as(pairs.iou)  # squared: the root would make ties
     distance = distance.where(distance < math.inf, math.inf)
     candidate = torch.cat([_best(-level, o.topk, o.topk) for level in distance.split(o.levels or [distance.shape[-1]], -1)], -1)
-    iou, count = pairs.iou.double(), candidate.sum(-1, keepdim=True)
+    iou, count = pairs.iou.nan_to_num(0.0).double(), candidate.sum(-1, keepdim=True)
     mean = (iou * candidate).sum(-1, keepdim=True) / count
     deviation = (((iou - mean) * candidate).square().sum(-1, keepdim=True) / (count - 1)).sqrt()
     within = inside(points, p.targets, INSIDE_MARGIN) if p.priors is not None else _inside_rows(points, p.targets)
-    return candidate & (iou >= mean + deviation) & within & p.real[:, None]
+    return candidate & (pairs.iou >= mean + deviation) & within & p.real[:, None]
 
 
 def _inside_rows(points: Tensor, targets: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ def _claims(p: Problem, pairs: Pairs, o: Options) -> Tensor:
     if o.rule == ATSS:
         return _nearest(p, pairs, o)
     selectable = pairs.merit if o.by_cost else pairs.merit.where(pairs.merit > 0, -math.inf)
-    most = _dynamic_k(pairs.iou.where(pairs.near, 0), o.topk) if o.dynamic_k else o.topk
+    most = _dynamic_k(pairs.iou.where(pairs.near & (pairs.iou > 0), 0), o.topk) if o.dynamic_k else o.topk
     claims = _best(selectable, o.topk, most)
     if o.rule == TAL and p.priors is not None:
         claims = claims & inside(p.priors[:, :2], p.targets, INSIDE_MARGIN)
