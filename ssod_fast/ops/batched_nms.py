@@ -65,7 +65,7 @@ def batched_nms(
         labels: integer [B, N], boxes of different labels never suppress each other; None for a single class.
         iou_threshold: 0..1; a box with exactly this overlap stays.
         counts: int [B], how many boxes of each image are real; the rest may hold anything. None if all are.
-        score_threshold: only boxes with a strictly higher score take part.
+        score_threshold: only boxes with a strictly higher score take part, compared as torch compares `scores > score_threshold`.
         max_keep: at most so many boxes per image, the best ones; None for all N.
 
     Returns:
@@ -191,5 +191,6 @@ register(
     "-> (Tensor index, Tensor count)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op = torch.ops.ssod_fast.batched_nms.default
