@@ -82,11 +82,9 @@ def neighborhood_boxes(
     factors, offsets_of_centre = check_factors("ratios", ratios, positive=True), check_factors("shakes", shakes, positive=False)
     check_threshold("iof_threshold", iof_threshold)
     std = [] if targets_std is None else check_std("targets_std", targets_std)
-    bags, valid, *extras = _op(boxes, *rows, factors, offsets_of_centre, iof_threshold, rois, iof, iou, std, clip)
-    if not (rois or iof or iou or std or clip):
-        return NeighborhoodBoxes(bags, valid, None, None, None, None, None)
-    wanted = (rois, iof, iou, bool(std), clip)
-    return NeighborhoodBoxes(bags, valid, *(extra if want else None for extra, want in zip(extras, wanted, strict=True)))
+    result = _op(boxes, *rows, factors, offsets_of_centre, iof_threshold, rois, iof, iou, std, clip)
+    wanted = (True, True, rois, iof, iou, bool(std), clip)
+    return NeighborhoodBoxes(*[output if want else None for output, want in zip(result, wanted, strict=True)])  # type: ignore[arg-type]
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
