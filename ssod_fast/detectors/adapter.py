@@ -102,25 +102,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-@contextlib.contextmanager
-def attributes(target: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of `target` and puts the old values back."""
-    before = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-def clean_detections(boxes: Tensor, labels: Tensor, scores: Tensor) -> Target:
-    """Drops detections that are not finite or have no area, as a diverged model or clipping produces them."""
-    keep = torch.isfinite(boxes).all(-1) & torch.isfinite(scores) & (boxes[:, 2:] > boxes[:, :2]).all(-1)
-    return Target(boxes=boxes[keep].float(), labels=labels[keep], scores=scores[keep].float())
-
-
 def _pixel_stats(model: nn.Module) -> PixelStats:
     transform: Any = model.transform
     if not hasattr(transform, "image_mean"):

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from ssod_fast.structures import PaddedTargets, Target
 
-from .adapter import TorchvisionDetector, clean_detections
+from .adapter import TorchvisionDetector
 from .anchors import AnchorCache, AnchorGrid
 from .fcos_loss import decode_fcos, fcos_losses
 from .protocol import ImageBatch
 from .retinanet_loss import RetinaNetSettings, decode_boxes, retinanet_losses
+from .suppress import as_targets, best_boxes, clip_boxes
 from .targets import to_padded, usable
 
 
@@ -91,19 +91,12 @@ class DenseDetector(TorchvisionDetector):
         scores = scores.flatten(1).gather(1, index)
         anchor, labels = index // self.num_classes, index % self.num_classes
         deltas = raw.deltas.float().gather(1, anchor[..., None].expand(-1, -1, 4))
-        boxes = self._decode_boxes(deltas, raw.grid.boxes[anchor])  # [B, K, 4]
-        per_image = zip(boxes, labels, scores, raw.sizes, strict=True)
-        return [self._suppress(b, c, s, hw, score_thr, topk) for b, c, s, hw in per_image]
+        boxes = clip_boxes(self._decode_boxes(deltas, raw.grid.boxes[anchor]), raw.sizes)  # [B, K, 4]
+        kept = best_boxes(boxes, scores, labels, nms_thr=self.nms_thr, max_keep=topk, score_thr=score_thr)
+        return as_targets(kept, boxes, labels, scores)
 
     def _predict(self, batch: ImageBatch, score_thr: float, topk: int) -> list[Target]:
         return self.decode(self.raw_outputs(batch), score_thr, topk)
-
-    def _suppress(self, boxes: Tensor, labels: Tensor, scores: Tensor, hw: tuple[int, int], score_thr: float, topk: int) -> Target:
-        above = scores > score_thr
-        boxes = torch.stack([boxes[:, 0::2].clamp(0, hw[1]), boxes[:, 1::2].clamp(0, hw[0])], -1).flatten(1)
-        found = clean_detections(boxes[above], labels[above], scores[above])
-        keep = batched_nms(found["boxes"], found["scores"], found["labels"], self.nms_thr)[:topk]
-        return Target(boxes=found["boxes"][keep], labels=found["labels"][keep], scores=found["scores"][keep])
 
     def _losses(self, raw: DenseOutputs, targets: PaddedTargets, valid: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError

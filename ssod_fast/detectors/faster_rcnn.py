@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
 from ssod_fast.structures import PaddedTargets, Target
 
-from .adapter import TorchvisionDetector, attributes, clean_detections
+from .adapter import TorchvisionDetector
 from .protocol import ImageBatch
+from .suppress import as_targets, best_boxes, clip_boxes
 from .targets import to_clean_list
+
+MIN_DETECTION = 0.01  # pixels: torchvision drops detections with a shorter side
 
 
 class FasterRCNNDetector(TorchvisionDetector):
@@ -63,11 +67,46 @@ class FasterRCNNDetector(TorchvisionDetector):
     def _predict(self, batch: ImageBatch, score_thr: float, topk: int) -> list[Target]:
         maps = self._feature_maps(batch)
         self._fix_scales(maps, batch)
-        proposals, _ = self.model.rpn(ImageList(batch.tensor, batch.sizes), maps, None)
-        heads = self.model.roi_heads
-        with attributes(heads, score_thresh=score_thr, detections_per_img=topk, nms_thresh=self.nms_thr):
-            found, _ = heads(maps, proposals, batch.sizes, None)
-        return [clean_detections(f["boxes"], f["labels"] - 1, f["scores"]) for f in found]
+        proposals, counts = self._proposals(maps, batch)  # [B, P, 4], [B]
+        boxes, scores = self._classify(maps, proposals, batch)  # [B, P * C, 4], [B, P * C]
+        labels = torch.arange(self.num_classes, device=boxes.device).repeat(*proposals.shape[:2])
+        kept = best_boxes(
+            boxes,
+            scores,
+            labels,
+            counts=counts * self.num_classes,
+            nms_thr=self.nms_thr,
+            max_keep=topk,
+            score_thr=score_thr,
+            min_side=MIN_DETECTION,
+        )
+        return as_targets(kept, boxes, labels, scores)
+
+    def _classify(self, maps: OrderedDict[str, Tensor], proposals: Tensor, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Boxes [B, P * C, 4] and scores [B, P * C] of every proposal as every class, classes side by side, without background."""
+        heads, per_image, shape = self.model.roi_heads, list(proposals), (*proposals.shape[:2], self.num_classes + 1)
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, per_image, batch.sizes)))
+        boxes: Tensor = heads.box_coder.decode(deltas, per_image).view(*shape, 4)[:, :, 1:]
+        scores: Tensor = logits.softmax(-1).view(shape)[..., 1:]
+        return clip_boxes(boxes.flatten(1, 2), batch.sizes), scores.flatten(1)
+
+    def _proposals(self, maps: OrderedDict[str, Tensor], batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """What the first stage proposes: boxes [B, P, 4], zeros behind the first `counts` [B]. Levels take the place of classes."""
+        rpn, features = self.model.rpn, list(maps.values())
+        objectness, deltas = rpn.head(features)
+        anchors = rpn.anchor_generator(ImageList(batch.tensor, batch.sizes), features)
+        per_level = [int(o[0].numel()) for o in objectness]
+        flat, deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = rpn.box_coder.decode(deltas, anchors).view(len(batch), -1, 4)
+        flat = flat.view(len(batch), -1)
+        index = rpn._get_top_n_idx(flat, per_level)  # [B, K]
+        levels = torch.cat([index.new_full((n,), i) for i, n in enumerate(per_level)])[index]
+        boxes = clip_boxes(boxes.gather(1, index[..., None].expand(-1, -1, 4)), batch.sizes)
+        scores = flat.gather(1, index).sigmoid()
+        scores = scores.where(scores >= rpn.score_thresh, -1)  # the first stage keeps a score that equals its threshold
+        most, side = int(rpn.post_nms_top_n()), float(rpn.min_size)
+        kept = best_boxes(boxes, scores, levels, nms_thr=float(rpn.nms_thresh), max_keep=most, min_side=side)
+        return kept.gather(boxes), kept.count
 
     @torch.no_grad()
     def _fix_scales(self, maps: OrderedDict[str, Tensor], batch: ImageBatch) -> None:
