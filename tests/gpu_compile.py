@@ -2,8 +2,8 @@
 
     python tests/gpu_compile.py
 
-compiles every kernel for sm_90 in float32 and, where it knows float64, for sm_80 in float64, and prints a line for each. It runs in a process
-of its own, because the tests' process has the interpreter switched on.
+compiles every kernel for sm_90 in float32 and, where it knows float64, for sm_80 in float64, and prints a line for each. It runs in a
+process of its own, because the tests' process has the interpreter switched on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ POINTERS = {
 }
 
 # Their logarithms and exponentials are library code, which is made of fused products.
-TRANSCENDENTAL = {"encode_boxes_fwd_kernel", "decode_boxes_fwd_kernel", "decode_boxes_bwd_kernel", "neighborhood_boxes_kernel"}
+TRANSCENDENTAL = {
+    "encode_boxes_fwd_kernel",
+    "decode_boxes_fwd_kernel",
+    "decode_boxes_bwd_kernel",
+    "neighborhood_boxes_kernel",
+    "matching_cost_kernel",
+    "gmm_threshold_kernel",
+}
 
 
 class Compiler:
@@ -52,12 +59,19 @@ class Compiler:
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[(parameter.num,)] = value
+            elif isinstance(kind, tuple):
+                constants |= {(parameter.num, i): value[i] for i, part in enumerate(kind) if part == "constexpr"}
         compiled = triton.compile(ASTSource(self.kernel, signature, constants), target=self.target, options=options)
         self.seen(self.kernel.__name__, compiled.asm["ptx"])
 
 
-def _type(value: object, plain: bool) -> str:
-    """Triton's type of an argument; a launch bakes an integer 1 into the kernel, so it is a constant here too, unless it is `plain`."""
+def _type(value: Any, plain: bool) -> Any:
+    """Triton's type of an argument; a launch bakes an integer 1 into the kernel, so it is a constant here too, unless it is `plain`.
+
+    A named tuple has a tuple of types.
+    """
+    if isinstance(value, tuple):
+        return type(value)(*(_type(part, plain) for part in value))
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, int):
@@ -128,15 +142,37 @@ def launch_bags(dtype: torch.dtype) -> None:
     box_deltas.decode_boxes_backward(boxes, boxes, boxes, *std, 4.0, True, True)
 
 
+def launch_matching(dtype: torch.dtype) -> None:
+    """Calls every launcher of the matching ops, ragged and padded, in every class mode."""
+    from ssod_fast.kernels import batched_nms, gmm_threshold, linear_assignment, matching_cost
+
+    ragged, padded = (torch.tensor([0, 4, 6]), None), (None, torch.tensor([2, 3]))
+    cost, boxes, labels = torch.rand(2, 6, 300, dtype=dtype), torch.rand(2, 2, 300, 4, dtype=dtype), torch.zeros(6, dtype=torch.int64)
+    for mode, gamma in ((0, 2.0), (1, 1.0), (2, 2.0), (3, 0.0), (4, 2.0), (0, 1.5)):
+        rows, hw, extra = (ragged, None, None) if mode % 2 else (padded, torch.ones(2, 2), cost)
+        options = (2, mode, 0.25, gamma, 1e-8, 2.0, 5.0, 2.0, mode % 3, 0 if hw is None else 2, 1e-6, mode != 1)
+        logits = torch.rand(2, 2, 300, 7, dtype=torch.bfloat16 if mode else dtype)
+        matching_cost.matching_cost(logits, boxes, labels, boxes[0, 0, :6], *rows, hw, extra, *options)
+    for i, rows in enumerate((ragged, padded, (None, None))):
+        linear_assignment.linear_assignment(cost, *rows, None, 2, 2, 1 + i, bool(i), bool(i), False)
+        gmm_threshold.gmm_threshold(cost[0, 0, :6], *rows, 2, 1e-5, 1e-3, 100, bool(i), i % 2)
+    for counts in (None, torch.tensor([9, 4])):
+        batched_nms.batched_nms(boxes[0], cost[0, :2], torch.zeros(2, 300, dtype=torch.int64), counts, 0.5, 0.1, 100)
+
+
 def main() -> None:
     """Compiles and checks that every division is exact and no product is contracted."""
     from ssod_fast.kernels import (
+        batched_nms,
         box_deltas,
         box_iou,
         box_iou_below,
         box_iou_max,
         compose,
         compose_boxes,
+        gmm_threshold,
+        linear_assignment,
+        matching_cost,
         neighborhood_boxes,
         paired_box_iou,
         point_boxes,
@@ -144,6 +180,7 @@ def main() -> None:
     )
 
     bags = (box_deltas, neighborhood_boxes, point_boxes, random_negative_boxes)
+    matching = (batched_nms, gmm_threshold, linear_assignment, matching_cost)
 
     def check(name: str, ptx: str) -> None:
         assert "fma." not in ptx or name in TRANSCENDENTAL, f"{name} contracts a product into a sum"
@@ -153,10 +190,11 @@ def main() -> None:
 
     cases = {90: ("giou", "zero", torch.float32), 80: ("ciou", "add", torch.float64)}
     for capability, case in cases.items():
-        for module in (box_iou, box_iou_below, box_iou_max, compose, compose_boxes, paired_box_iou, *bags):
+        for module in (box_iou, box_iou_below, box_iou_max, compose, compose_boxes, paired_box_iou, *bags, *matching):
             compiling(module, capability, check)
         launch_boxes(*case)
         launch_bags(case[2])
+        launch_matching(case[2])
         launch_compose(*((2, torch.float32) if capability == 90 else (1, torch.bfloat16)))
 
 

@@ -28,6 +28,11 @@ KERNELS = {
     "neighborhood_boxes_kernel",
     "point_boxes_kernel",
     "random_negative_boxes_kernel",
+    "matching_cost_kernel",
+    "row_extrema_kernel",
+    "linear_assignment_kernel",
+    "gmm_threshold_kernel",
+    "batched_nms_kernel",
 }
 
 
