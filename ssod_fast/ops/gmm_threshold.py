@@ -331,5 +331,6 @@ register(
     f"int rule) -> ({_OUTPUTS})",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op = torch.ops.ssod_fast.gmm_threshold.default

@@ -455,5 +455,6 @@ register(
     "int fmt, int eps_mode, float giou_eps, bool row_min) -> (Tensor cost, Tensor keys)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op = torch.ops.ssod_fast.matching_cost.default
