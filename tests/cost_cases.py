@@ -91,14 +91,23 @@ def oracle(
     **options: Any,
 ) -> Tensor:
     """Cost [T, Q] in float64 of one image and layer, composed of the public parts."""
-    o = {"class_mode": "focal", "alpha": 0.25, "gamma": 2.0, "eps": 1e-8, "w_class": 2.0, "w_box": 5.0, "w_giou": 2.0} | options
+    o: dict[str, Any] = {
+        "class_mode": "focal",
+        "alpha": 0.25,
+        "gamma": 2.0,
+        "eps": 1e-8,
+        "w_class": 2.0,
+        "w_box": 5.0,
+        "w_giou": 2.0,
+    } | options
     fmt, eps_mode = o.get("box_format", "cxcywh"), o.get("giou_eps_mode", "zero")
     theirs, ours = target["boxes"].double(), boxes.double()
     giou = box_iou(theirs, ours, mode="giou", fmt=fmt, eps_mode=eps_mode, eps=EPS_OF[eps_mode])
     scale = torch.ones(4) if hw is None else hw.double().flip(-1).repeat(2)
     l1 = (theirs[:, None] / scale - ours[None] / scale).abs().sum(-1)
     cls = class_oracle(x.double(), target["labels"], o["class_mode"], o["alpha"], o["gamma"], o["eps"], p)
-    return o["w_box"] * l1 + o["w_class"] * cls - o["w_giou"] * giou
+    cost: Tensor = o["w_box"] * l1 + o["w_class"] * cls - o["w_giou"] * giou
+    return cost
 
 
 def rounded_probabilities(x: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,9 +27,10 @@ from no_sync import no_sync
 from torch import Tensor
 
 from ssod_fast.ops import matching_cost
-from ssod_fast.ops.matching_cost import cost_arguments, row_keys
+from ssod_fast.ops.box_iou import Format
+from ssod_fast.ops.matching_cost import ClassMode, cost_arguments, row_keys
 from ssod_fast.ops.packed_targets import PackedTargets, pack_targets
-from ssod_fast.structures import PaddedTargets
+from ssod_fast.structures import PaddedTargets, Target
 
 op_file = importlib.import_module("ssod_fast.ops.matching_cost")
 UNKNOWN = op_file.UNKNOWN_KEY
@@ -45,7 +46,7 @@ def close(actual: Tensor, expected: Any, atol: float = 5e-6) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_worked_example(device: str, fmt: str) -> None:
+def test_worked_example(device: str, fmt: Format) -> None:
     if fmt != "cxcywh":  # the L1 term differs; the others do not
         logits, boxes, targets = worked_example(fmt, device=device)
         close(matching_cost(logits, boxes, targets, box_format=fmt, w_class=0.0, w_box=0.0).T, GIOU_TERMS)
@@ -171,7 +172,7 @@ def test_laws(seed: int, sizes: list[int], queries: int, classes: int, mode: str
 
 def padded_of(targets: Targets, rows: int) -> PaddedTargets:
     """Padding that would show: NaN boxes and labels far out of range."""
-    padded = PaddedTargets.from_list(targets, rows)  # type: ignore[arg-type]
+    padded = PaddedTargets.from_list(cast(list[Target], targets), rows)
     boxes, labels = padded.boxes.clone(), padded.labels.clone()
     boxes[~padded.valid] = math.nan
     labels[~padded.valid] = 10**12
@@ -223,27 +224,27 @@ def test_keys_take_the_lowest_query_and_ignore_the_sign_of_zero(device: str) -> 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", CLASS_MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_inputs_are_converted_first(device: str, mode: str, dtype: torch.dtype) -> None:
+def test_half_inputs_are_converted_first(device: str, mode: ClassMode, dtype: torch.dtype) -> None:
     logits, boxes, targets = random_case(classes=21, spread=6.0)
     logits, boxes = logits.to(device, dtype), boxes.to(device, dtype)
     targets = [{"labels": t["labels"], "boxes": t["boxes"].to(dtype)} for t in on(targets, device)]
     single = [{"labels": t["labels"], "boxes": t["boxes"].float()} for t in targets]
-    cost = matching_cost(logits, boxes, targets, class_mode=mode)  # type: ignore[arg-type]
+    cost = matching_cost(logits, boxes, targets, class_mode=mode)
     assert cost.dtype == torch.float32
-    assert torch.equal(cost, matching_cost(logits.float(), boxes.float(), single, class_mode=mode))  # type: ignore[arg-type]
+    assert torch.equal(cost, matching_cost(logits.float(), boxes.float(), single, class_mode=mode))
     assert cost.isfinite().all()
-    wide = matching_cost(logits, boxes.double(), targets, class_mode=mode)  # type: ignore[arg-type]
+    wide = matching_cost(logits, boxes.double(), targets, class_mode=mode)
     assert wide.dtype == torch.float64
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", CLASS_MODES)
-def test_invalid_predictions_stay_in_their_entries(device: str, mode: str) -> None:
+def test_invalid_predictions_stay_in_their_entries(device: str, mode: ClassMode) -> None:
     logits, boxes, targets = random_case((6,), 40, layers=None)
-    clean = matching_cost(logits, boxes, targets, class_mode=mode)  # type: ignore[arg-type]
+    clean = matching_cost(logits, boxes, targets, class_mode=mode)
     logits[0, 3], logits[0, 5, 1], boxes[0, 7] = math.nan, math.inf, math.nan
     boxes[0, 9, 0], boxes[0, 11], boxes[0, 13, 2:] = math.inf, 0, -0.1
-    cost = matching_cost(logits.to(device), boxes.to(device), on(targets, device), class_mode=mode).cpu()  # type: ignore[arg-type]
+    cost = matching_cost(logits.to(device), boxes.to(device), on(targets, device), class_mode=mode).cpu()
     touched = torch.zeros(40, dtype=torch.bool)
     touched[[3, 5, 7, 9, 11, 13]] = True
     torch.testing.assert_close(cost[:, ~touched], clean[:, ~touched], atol=1e-2 if device == "cuda" else 0, rtol=0)
@@ -283,9 +284,9 @@ def test_labels_on_the_device_may_be_out_of_range(device: str) -> None:
 )
 def test_empty(device: str, sizes: tuple[int, ...], queries: int, layers: int, classes: int) -> None:
     logits, boxes, targets = random_case(sizes, queries, layers, classes)
-    mode = "focal" if classes else "none"
+    mode: ClassMode = "focal" if classes else "none"
     packed = pack_targets(on(targets, device), device)
-    cost, keys = matching_cost(logits.to(device), boxes.to(device), packed, class_mode=mode, row_min=True)  # type: ignore[call-overload]
+    cost, keys = matching_cost(logits.to(device), boxes.to(device), packed, class_mode=mode, row_min=True)
     assert cost.shape == (layers, sum(sizes), queries)
     assert keys.shape == (layers, sum(sizes))
     assert queries or (keys == UNKNOWN).all()
@@ -459,7 +460,7 @@ def test_opcheck() -> None:
     logits, boxes, targets = random_case((3, 2), 9)
     op = torch.ops.ssod_fast.matching_cost.default
     for options in ({}, {"class_mode": "softmax"}, {"image_hw": torch.ones(2, 2), "extra_cost": torch.ones(2, 5, 9)}):
-        torch.library.opcheck(op, (*cost_arguments(logits, boxes, targets, **options)[0], True))  # type: ignore[arg-type]
+        torch.library.opcheck(op, (*cost_arguments(logits, boxes, targets, **options)[0], True))
     torch.library.opcheck(op, (*cost_arguments(logits.half(), boxes, padded_of(targets, 4))[0], False))
 
 
@@ -482,9 +483,9 @@ def test_compile_and_no_sync() -> None:
 
 def test_reference_does_not_synchronise() -> None:
     logits, boxes, targets = random_case((3, 2), 9)
-    for options in ({}, {"class_mode": "softmax"}, {"class_mode": "none"}):
-        ragged = cost_arguments(logits, boxes, targets, **options)[0]  # type: ignore[arg-type]
-        padded = cost_arguments(logits, boxes, padded_of(targets, 4), **options)[0]  # type: ignore[arg-type]
+    for mode in CLASS_MODES:
+        ragged = cost_arguments(logits, boxes, targets, class_mode=mode)[0]
+        padded = cost_arguments(logits, boxes, padded_of(targets, 4), class_mode=mode)[0]
         with no_sync():
             op_file._reference(*ragged, True)
             op_file._reference(*padded, True)
