@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,14 +93,3 @@ def test_faster_rcnn_equals_torchvision() -> None:
             torch.testing.assert_close(found[i]["scores"], expected[i]["scores"], atol=1e-5, rtol=1e-5)
             assert torch.equal(found[i]["labels"], expected[i]["labels"] - 1)
             assert len(found[i]["labels"]) > 5
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_a_batch_is_its_images(family: str) -> None:
-    detector: Any = from_torchvision(build(family)).eval()
-    raw = detector.raw_outputs(preprocess(images(*SIZES), detector.pixel_stats))
-    for i, target in enumerate(detector.decode(raw)):
-        part = slice(i, i + 1)
-        center = None if raw.center is None else raw.center[part]
-        single = replace(raw, logits=raw.logits[part], deltas=raw.deltas[part], center=center, sizes=raw.sizes[part])
-        assert all(torch.equal(value, detector.decode(single)[0][name]) for name, value in target.items())
