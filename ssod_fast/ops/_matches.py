@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .matched_pairs import matched_pairs
+
 INVALID_ENTRIES = 1  # bits of Matches.status
 INVALID_PAIR = 2
 UNMATCHED_TARGET = 4
@@ -70,29 +72,9 @@ class Matches:
         """
         if not 0 <= layer < self.layers:
             raise IndexError(f"layer must lie in [0, {self.layers}), got {layer}")
-        query, target = self._sorted(layer)
-        counts = self.pair_counts if self.pair_counts is not None else self._count_pairs(layer)
-        total, lengths = sum(counts), list(counts)
+        counts = None if self.counts is None else self.counts.to(torch.int64)
+        query, target, found = matched_pairs(self.query[layer], offsets=self.offsets, counts=counts, batch=self.batch, queries=self.queries)
+        lengths: list[int] = found.tolist() if self.pair_counts is None else list(self.pair_counts)
+        total = sum(lengths)
         query, target = query[:total].to(device), target[:total].to(device)
         return list(zip(query.split(lengths), target.split(lengths), strict=True))
-
-    def _sorted(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Query and target within its image [E * G], by image and query; what is unmatched comes last."""
-        query = self.query[layer]  # [E, G]
-        place = (self.image * self.queries + query).masked_fill_(query < 0, self.batch * self.queries).view(-1)
-        order = place.argsort()
-        row = order if query.shape[0] == 1 else order % max(query.shape[1], 1)
-        return query.reshape(-1)[order], self._within_image()[row]
-
-    def _within_image(self) -> Tensor:
-        """Index of each row among those of its image, [G]."""
-        rows = torch.arange(self.query.shape[-1], device=self.query.device)
-        if self.offsets is None:
-            return rows % max(rows.shape[0] // max(self.batch, 1), 1)
-        return rows - self.offsets[self.image]
-
-    def _count_pairs(self, layer: int) -> list[int]:
-        """Number of pairs per image, read from the device."""
-        matched = self.matched[layer].sum(0)  # [G]
-        counts: list[int] = matched.new_zeros(self.batch).scatter_add_(0, self.image, matched).tolist()
-        return counts

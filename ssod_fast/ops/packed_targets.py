@@ -98,8 +98,9 @@ def _from_list(targets: Sequence[Mapping[str, Any]], where: torch.device | None)
     if not targets:
         none = torch.zeros(0, dtype=torch.int64, device=where)
         return PackedTargets(none, torch.zeros(0, 4, device=where), 0, none, offsets=none.new_zeros(1), sizes=())
-    boxes, labels, weights = zip(*[_check_target(i, target) for i, target in enumerate(targets)], strict=True)
-    _check_devices(boxes, labels, weights)
+    fields = [_check_target(i, target) for i, target in enumerate(targets)]
+    _check_devices(fields)
+    boxes, labels, weights = zip(*fields, strict=True)
     sizes = tuple([box.shape[0] for box in boxes])
     source = boxes[0].device
     where = source if where is None else where
@@ -171,9 +172,10 @@ def _stage(parts: Sequence[Sequence[Tensor]], pinned: bool) -> tuple[Tensor, lis
 
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+Fields = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _check_target(i: int, target: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _check_target(i: int, target: Mapping[str, Any]) -> Fields:
     """Boxes, labels and weights of one image, checked."""
     if not isinstance(target, Mapping):
         raise TypeError(f"targets[{i}] must be a mapping with 'boxes' and 'labels', got {type(target).__name__}")
@@ -183,30 +185,45 @@ def _check_target(i: int, target: Mapping[str, Any]) -> tuple[Tensor, Tensor, Te
         labels = target.get("class_labels")
     if boxes is None or labels is None:
         raise ValueError(f"targets[{i}] must have 'boxes' and 'labels' (or 'class_labels'), got the keys {sorted(target)}")
-    _check_tensors(i, boxes, labels, weights)
-    if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype not in _FLOATS:
-        raise ValueError(f"targets[{i}]['boxes'] must be floating point [T, 4], got {boxes.dtype} {list(boxes.shape)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"targets[{i}]['labels'] must be int64, got {labels.dtype}")
-    count = boxes.shape[0]
-    if labels.dim() != 1 or labels.shape[0] != count:
-        raise ValueError(f"targets[{i}]['labels'] must be [{count}] as the boxes are, got {list(labels.shape)}")
-    if weights is not None and (weights.dim() != 1 or weights.shape[0] != count):
-        raise ValueError(f"targets[{i}]['weights'] must be [{count}] as the boxes are, got {list(weights.shape)}")
+    if not _is_sound(boxes, labels, weights):
+        raise _complaint(i, boxes, labels, weights)
     return boxes, labels, weights
 
 
-def _check_tensors(i: int, boxes: Any, labels: Any, weights: Any) -> None:
-    if isinstance(boxes, Tensor) and isinstance(labels, Tensor) and (weights is None or isinstance(weights, Tensor)):
-        return
+def _is_sound(boxes: Any, labels: Any, weights: Any) -> bool:
+    """Whether :func:`_complaint` has nothing to say: one look for each image of each step."""
+    if not (isinstance(boxes, Tensor) and isinstance(labels, Tensor) and (weights is None or isinstance(weights, Tensor))):
+        return False
+    shape = boxes.shape
+    return (
+        len(shape) == 2
+        and shape[1] == 4
+        and boxes.dtype in _FLOATS
+        and labels.dtype is torch.int64
+        and labels.dim() == 1
+        and labels.shape[0] == shape[0]
+        and (weights is None or weights.shape == shape[:1])
+    )
+
+
+def _complaint(i: int, boxes: Any, labels: Any, weights: Any) -> Exception:
+    """What is wrong with a target."""
     for name, value in (("boxes", boxes), ("labels", labels), ("weights", weights)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"targets[{i}][{name!r}] must be a tensor, got {type(value).__name__}")
+        if not isinstance(value, Tensor) and not (value is None and name == "weights"):
+            return TypeError(f"targets[{i}][{name!r}] must be a tensor, got {type(value).__name__}")
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype not in _FLOATS:
+        return ValueError(f"targets[{i}]['boxes'] must be floating point [T, 4], got {boxes.dtype} {list(boxes.shape)}")
+    if labels.dtype is not torch.int64:
+        return TypeError(f"targets[{i}]['labels'] must be int64, got {labels.dtype}")
+    name, value = ("labels", labels) if labels.shape != boxes.shape[:1] else ("weights", weights)
+    return ValueError(f"targets[{i}][{name!r}] must be [{boxes.shape[0]}] as the boxes are, got {list(value.shape)}")
 
 
-def _check_devices(boxes: Sequence[Tensor], labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
-    device = boxes[0].device
-    for name, group in (("boxes", boxes), ("labels", labels), ("weights", weights)):
-        for i, tensor in enumerate(group):
+def _check_devices(fields: Sequence[Fields]) -> None:
+    device = fields[0][0].device
+    if {tensor.device for target in fields for tensor in target if tensor is not None} == {device}:
+        return
+    for i, target in enumerate(fields):
+        for name, tensor in zip(("boxes", "labels", "weights"), target, strict=True):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"targets must be on one device, got {device} and targets[{i}][{name!r}] on {tensor.device}")
