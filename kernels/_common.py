@@ -34,3 +34,11 @@ def true_div(num, den):
 def at_least(x, FLOOR: tl.constexpr):
     """max(x, FLOOR), FLOOR a constant in the dtype of x; NaN stays."""
     return tl.where(x < FLOOR, FLOOR, x)
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for x > -1 with all digits: the rounding of 1 + x is divided out."""
+    shifted = 1.0 + x
+    tiny = shifted == 1.0
+    return tl.where(tiny, x, tl.log(shifted) * true_div(x, tl.where(tiny, 1.0, shifted - 1.0)))

@@ -236,7 +236,7 @@ def gmm_threshold(
         gmm_threshold_kernel[(batch,)](
             *(values, *row_bounds(offsets, counts, total, threshold), *outputs),
             *(total, batch, max_iter, reg_covar, tol, reverse, rule, offsets is not None, counts is not None),
-            BLOCK=min(max(triton.next_power_of_2(total if offsets is not None else total // batch), MIN_BLOCK), MAX_BLOCK),
+            BLOCK=min(max(triton.next_power_of_2(total // batch), MIN_BLOCK), MAX_BLOCK),  # larger groups take several blocks
             enable_fp_fusion=False,
         )
     return outputs

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops._boxes import GIOU, Rule
 from ..ops.matching_cost import FOCAL, FOCAL_LOGITS, NO_CLASS, SOFTMAX, UNKNOWN_KEY
 from ._boxes import NO_FMA, load_box, overlap
-from ._common import on_device, true_div
+from ._common import log1p, on_device, true_div
 from ._rows import image_of_row, row_bounds
 
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
@@ -39,14 +39,6 @@ def _power(x, GAMMA: tl.constexpr):
 
 
 @triton.jit
-def _log1p(x):
-    """ln(1 + x) for x in [0, 1] with all digits: the rounding of 1 + x is divided out."""
-    shifted = 1.0 + x
-    tiny = shifted == 1.0
-    return tl.where(tiny, x, tl.log(shifted) * true_div(x, tl.where(tiny, 1.0, shifted - 1.0)))
-
-
-@triton.jit
 def _focal(x, MODE: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, EPS: tl.constexpr):
     """Focal cost of logits: the positive minus the negative part of the focal loss."""
     e = tl.exp(-tl.abs(x))
@@ -56,7 +48,7 @@ def _focal(x, MODE: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, EPS:
     if MODE == FOCAL_:
         minus_log_p, minus_log_q = -tl.log(p + EPS), -tl.log(q + EPS)
     else:
-        rest = _log1p(e)
+        rest = log1p(e)
         minus_log_p, minus_log_q = tl.maximum(-x, 0.0) + rest, tl.maximum(x, 0.0) + rest
     return ALPHA * (_power(q, GAMMA) * minus_log_p) - (1 - ALPHA) * (_power(p, GAMMA) * minus_log_q)
 
