@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <optional>
@@ -20,23 +22,26 @@ struct PredictionView {
   int64_t width;                // K
 
   SSOD_HD int64_t offset(int64_t l, int64_t b, int64_t q) const { return l * layer + b * image + q * query; }
+
+  // One element, whatever its type.
+  template <typename T>
+  SSOD_HD T load(int64_t i) const {
+    using torch::headeronly::ScalarType;
+    switch (dtype) {
+      case ScalarType::Half:
+        return static_cast<T>(static_cast<float>(static_cast<const c10::Half*>(data)[i]));
+      case ScalarType::BFloat16:
+        return static_cast<T>(static_cast<float>(static_cast<const c10::BFloat16*>(data)[i]));
+      case ScalarType::Double:
+        return static_cast<T>(static_cast<const double*>(data)[i]);
+      default:
+        return static_cast<T>(static_cast<const float*>(data)[i]);
+    }
+  }
 };
 
 inline PredictionView make_prediction_view(const torch::stable::Tensor& t) {
   return {t.data_ptr(), t.scalar_type(), t.stride(0), t.stride(1), t.stride(2), t.size(3)};
-}
-
-// Rows before those of the first image, and rows behind those of an image up to the next: every row that belongs to no
-// image lies in exactly one of these ranges.
-SSOD_HD RowRange gap_before(const RowRanges& ranges, int64_t image) { return {0, image == 0 ? ranges.of(0).begin : 0}; }
-
-SSOD_HD RowRange gap_behind(const RowRanges& ranges, int64_t image) {
-  const RowRange own = ranges.of(image);
-  const int64_t begin = own.begin + own.size;
-  if (ranges.offsets) {
-    return {begin, image + 1 < ranges.batch ? 0 : ranges.rows - begin};
-  }
-  return {begin, (image + 1) * (ranges.rows / ranges.batch) - begin};
 }
 
 inline RowRanges make_row_ranges(const std::optional<torch::stable::Tensor>& offsets,

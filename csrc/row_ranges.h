@@ -31,4 +31,17 @@ struct RowRanges {
   SSOD_HD static int64_t clamped(int64_t value, int64_t most) { return value < 0 ? 0 : (value > most ? most : value); }
 };
 
+// Rows before those of the first image, and rows behind those of an image up to the next: every row that belongs to no
+// image lies in exactly one of these ranges.
+SSOD_HD RowRange gap_before(const RowRanges& ranges, int64_t image) { return {0, image == 0 ? ranges.of(0).begin : 0}; }
+
+SSOD_HD RowRange gap_behind(const RowRanges& ranges, int64_t image) {
+  const RowRange own = ranges.of(image);
+  const int64_t begin = own.begin + own.size;
+  if (ranges.offsets) {
+    return {begin, image + 1 < ranges.batch ? 0 : ranges.rows - begin};
+  }
+  return {begin, (image + 1) * (ranges.rows / ranges.batch) - begin};
+}
+
 }  // namespace ssod

@@ -1,69 +1,26 @@
-// The matching cost: a block takes a tile of queries of one layer and image through tiles of its targets. Threads are
-// queries, so that rows are stored in order.
+// The matching cost: a block takes a tile of queries of one layer and image through tiles of its targets
+// (csrc/matching_cost_tile.h).
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
+#include "cuda/block_team.cuh"
 #include "cuda/boxes.cuh"
-#include "matching_cost.h"
+#include "matching_cost_tile.h"
 #include "predictions.h"
 
 namespace ssod {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kQueries = 64;  // per block
 constexpr int kThreads = 128;
-constexpr int kMaxTargets = 64;  // per tile
 constexpr int64_t kMaxGridY = 65535;
 constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T>
-struct Task {
-  CostRule<T> rule;
-  PredictionView logits, boxes;
-  RowRanges ranges;
-  const int64_t* labels;  // [G]
-  const T* target_boxes;  // [G, 4]
-  const T* image_hw;      // [B, 2] or null
-  const T* extra;         // [L, G, Q] or null
-  int64_t extra_layer, extra_row;
-  int64_t layers, queries;
-  int tile;  // targets per tile
-  T* cost;
-  int64_t* keys;  // null where they are not wanted here
-};
-
-// What a block shares: the targets of a tile and the class terms of their distinct labels. A row of `terms` has one
-// element more than there are queries, so that neither a column nor a row of it meets one bank twice.
+using Task = CostTask<T, PredictionView>;
 template <typename T>
-struct Shared {
-  Box<T> box[kMaxTargets];
-  L1Box<T> l1[kMaxTargets];
-  int64_t label[kMaxTargets];
-  int slot[kMaxTargets];          // of its label among the distinct ones
-  int64_t distinct[kMaxTargets];  // their labels
-  int count;
-  T terms[kMaxTargets][kQueries + 1];
-  T maximum[kQueries], sum[kQueries];  // of mode "softmax"
-};
-
-// One logit in the compute type.
-template <typename T>
-__device__ __forceinline__ T load_logit(const PredictionView& view, int64_t i) {
-  switch (view.dtype) {
-    case ScalarType::Half:
-      return static_cast<T>(static_cast<float>(static_cast<const c10::Half*>(view.data)[i]));
-    case ScalarType::BFloat16:
-      return static_cast<T>(static_cast<float>(static_cast<const c10::BFloat16*>(view.data)[i]));
-    case ScalarType::Double:
-      return static_cast<T>(static_cast<const double*>(view.data)[i]);
-    default:
-      return static_cast<T>(static_cast<const float*>(view.data)[i]);
-  }
-}
+using Tile = CostTile<T, 64, 64>;
 
 template <typename T>
 __device__ __forceinline__ T warp_maximum(T x) {
@@ -81,101 +38,32 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// Softmax statistics of the block's queries, a warp per query.
-template <typename T>
-__device__ void read_softmax(const Task<T>& task, int64_t first_logit, int queries, Shared<T>& shared) {
-  const int lane = threadIdx.x % kWarp;
-  for (int q = threadIdx.x / kWarp; q < queries; q += kThreads / kWarp) {
-    const int64_t row = first_logit + q * task.logits.query;
-    T top = minus_infinity<T>();
-    for (int64_t c = lane; c < task.logits.width; c += kWarp) {
-      top = upper(load_logit<T>(task.logits, row + c), top);
-    }
-    top = warp_maximum(top);
-    T sum = T(0);
-    for (int64_t c = lane; c < task.logits.width; c += kWarp) {
-      sum += exp_down(load_logit<T>(task.logits, row + c) - top);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      shared.maximum[q] = top;
-      shared.sum[q] = sum;
-    }
-  }
-}
-
-// Loads targets [row, row + count) and numbers their distinct labels in order of appearance.
-template <typename T>
-__device__ void read_targets(const Task<T>& task, int64_t row, int count, T w, T h, Shared<T>& shared) {
-  const int t = threadIdx.x;
-  if (t < count) {
-    const T* box = task.target_boxes + 4 * (row + t);
-    shared.box[t] = make_box(box[0], box[1], box[2], box[3], task.rule.format, task.rule.zero);
-    shared.l1[t] = {box[0] / w, box[1] / h, box[2] / w, box[3] / h};
-    shared.label[t] = task.labels[row + t];
-  }
-  if (t == 0) {
-    shared.count = 0;
-  }
-  __syncthreads();
-  int first = t;
-  if (t < count) {
-    for (first = 0; shared.label[first] != shared.label[t];) {
-      ++first;
-    }
-    if (first == t) {
-      const int slot = atomicAdd(&shared.count, 1);
-      shared.slot[t] = slot;
-      shared.distinct[slot] = shared.label[t];
+// Softmax statistics of the tile's queries, a warp per query.
+struct ReadSoftmax {
+  template <typename Team, typename T>
+  __device__ void operator()(Team& team, const Task<T>& task, const CostPlace& place, Tile<T>& tile) const {
+    const PredictionView& logits = task.logits;
+    const int lane = team.rank() % kWarp;
+    for (int q = team.rank() / kWarp; q < Tile<T>::kQueries && place.query0 + q < task.queries;
+         q += team.size() / kWarp) {
+      const int64_t row = logits.offset(place.layer, place.image, place.query0 + q);
+      T top = minus_infinity<T>();
+      for (int64_t c = lane; c < logits.width; c += kWarp) {
+        top = upper(logits.load<T>(row + c), top);
+      }
+      top = warp_maximum(top);
+      T sum = T(0);
+      for (int64_t c = lane; c < logits.width; c += kWarp) {
+        sum += exp_down(logits.load<T>(row + c) - top);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) {
+        tile.maximum[q] = top;
+        tile.sum[q] = sum;
+      }
     }
   }
-  __syncthreads();
-  if (first < t) {
-    shared.slot[t] = shared.slot[first];
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ T focal_term(T x, const CostRule<T>& rule) {
-  if (rule.class_mode == ClassMode::focal) {
-    return rule.square ? focal_cost<ClassMode::focal, true>(x, rule) : focal_cost<ClassMode::focal, false>(x, rule);
-  }
-  return rule.square ? focal_cost<ClassMode::focal_logits, true>(x, rule)
-                     : focal_cost<ClassMode::focal_logits, false>(x, rule);
-}
-
-template <typename T>
-__device__ __forceinline__ T class_term(T x, const CostRule<T>& rule, T maximum, T sum) {
-  switch (rule.class_mode) {
-    case ClassMode::softmax:
-      return softmax_cost(x, maximum, sum);
-    case ClassMode::prob:
-      return -x;
-    default:
-      return focal_term(x, rule);
-  }
-}
-
-// Weighted class terms of the distinct labels. Neighbouring threads take the labels of one query: its logits are
-// fetched together.
-template <typename T>
-__device__ void compute_terms(const Task<T>& task, int64_t first_logit, int queries, Shared<T>& shared) {
-  const int count = shared.count;
-  const int step_q = kThreads / count, step_u = kThreads % count;
-  for (int q = threadIdx.x / count, u = threadIdx.x % count; q < queries;) {
-    const int64_t label = shared.distinct[u];
-    const bool inside = label >= 0 && label < task.logits.width;
-    const int64_t place = first_logit + q * task.logits.query + label;
-    const T x = inside ? load_logit<T>(task.logits, place) : static_cast<T>(NAN);
-    shared.terms[u][q] = task.rule.w_class * class_term(x, task.rule, shared.maximum[q], shared.sum[q]);
-    q += step_q;
-    u += step_u;
-    if (u >= count) {
-      u -= count;
-      ++q;
-    }
-  }
-}
+};
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 __device__ __forceinline__ int warp_minimum(int x) { return __reduce_min_sync(kAll, x); }
@@ -188,110 +76,33 @@ __device__ __forceinline__ int warp_minimum(int x) {
 }
 #endif
 
-// Offers 32 neighbouring costs, the first of them at `query`, to the key of their row. An invalid one is lower than
-// every number.
-__device__ __forceinline__ void offer(float cost, bool real, int64_t query, int64_t* key) {
-  const int order = !real ? INT32_MAX : (is_valid_cost(cost) ? orderable(cost) : INT32_MIN);
-  const int least = warp_minimum(order);
-  const unsigned holders = __ballot_sync(kAll, order == least);
-  if (threadIdx.x % kWarp == 0 && least != INT32_MAX) {
-    const int64_t candidate = least == INT32_MIN ? kUnknownKey : row_key(least, query + __ffs(holders) - 1);
-    atomicMin(reinterpret_cast<long long*>(key), static_cast<long long>(candidate));
+// Takes the costs of 32 neighbouring queries to the key of their row. An invalid one is lower than every number.
+struct OfferKeys {
+  __device__ void operator()(float cost, const CostQuery<float>& query, int64_t* key) const {
+    const int order = !query.real ? INT32_MAX : (is_valid_cost(cost) ? orderable(cost) : INT32_MIN);
+    const int least = warp_minimum(order);
+    const unsigned holders = __ballot_sync(kAll, order == least);
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0 && least != INT32_MAX) {
+      const int64_t found = least == INT32_MIN ? kUnknownKey : row_key(least, query.index + __ffs(holders) - 1);
+      atomicMin(reinterpret_cast<long long*>(key), static_cast<long long>(found));
+    }
   }
-}
 
-// One query, as its thread holds it.
-template <typename T>
-struct Query {
-  int64_t index;
-  bool real;  // false behind the last one
-  Box<T> box;
-  L1Box<T> l1;
+  __device__ void operator()(double, const CostQuery<double>&, int64_t*) const {}  // row_keys_kernel does it
 };
 
-template <typename T>
-__device__ __forceinline__ Query<T> read_query(const Task<T>& task, int64_t layer, int64_t image, int64_t index, T w,
-                                               T h) {
-  const bool real = index < task.queries;
-  const T* box = static_cast<const T*>(task.boxes.data) + task.boxes.offset(layer, image, real ? index : 0);
-  return {index,
-          real,
-          make_box(box[0], box[1], box[2], box[3], task.rule.format, task.rule.zero),
-          {box[0] / w, box[1] / h, box[2] / w, box[3] / h}};
-}
-
-// Costs of the tile's targets, which are the rows [row, row + count) of the layer.
+// Eight blocks fit a multiprocessor with 64 registers per thread, which is what the kernel needs without spilling.
 template <bool zero, typename T>
-__device__ void write_tile(const Task<T>& task, int64_t layer, int64_t row, int count, const Query<T>& query,
-                           const Shared<T>& shared) {
-  const bool classes = task.rule.class_mode != ClassMode::none;
-  for (int t = threadIdx.x / kQueries; t < count; t += kThreads / kQueries) {
-    const T term = classes ? shared.terms[shared.slot[t]][threadIdx.x % kQueries] : T(0);
-    T cost = pair_cost<zero>(query.box, query.l1, shared.box[t], shared.l1[t], term, task.rule);
-    const int64_t place = layer * task.ranges.rows + row + t;
-    if (query.real) {
-      if (task.extra) {
-        cost += task.extra[layer * task.extra_layer + (row + t) * task.extra_row + query.index];
-      }
-      task.cost[place * task.queries + query.index] = cost;
-    }
-    if constexpr (sizeof(T) == 4) {
-      if (task.keys) {
-        offer(cost, query.real, query.index - threadIdx.x % kWarp, task.keys + place);
-      }
-    }
-  }
-}
-
-// Rows that belong to no image, at the block's queries.
-template <typename T>
-__device__ void fill_gap(const Task<T>& task, int64_t layer, const RowRange& gap, int64_t query) {
-  for (int64_t r = threadIdx.x / kQueries; r < gap.size; r += kThreads / kQueries) {
-    const int64_t place = layer * task.ranges.rows + gap.begin + r;
-    if (query < task.queries) {
-      task.cost[place * task.queries + query] = -minus_infinity<T>();
-    }
-    if (task.keys && query == 0) {
-      task.keys[place] = kUnknownKey;
-    }
-  }
-}
-
-template <bool zero, typename T>
-__device__ void solve(const Task<T>& task, int64_t layer, int64_t image, Shared<T>& shared) {
-  const int64_t query0 = int64_t{blockIdx.x} * kQueries, index = query0 + threadIdx.x % kQueries;
-  const T h = task.image_hw ? task.image_hw[2 * image] : T(1), w = task.image_hw ? task.image_hw[2 * image + 1] : T(1);
-  const Query<T> query = read_query(task, layer, image, index, w, h);
-  const RowRange range = task.ranges.of(image);
-  const int queries = static_cast<int>(task.queries - query0 < kQueries ? task.queries - query0 : kQueries);
-  const int64_t logits = task.logits.offset(layer, image, query0);
-  if (task.rule.class_mode == ClassMode::softmax && range.size > 0) {
-    read_softmax(task, logits, queries, shared);
-  }
-  for (int64_t t = int64_t{blockIdx.z} * task.tile; t < range.size; t += int64_t{gridDim.z} * task.tile) {
-    const int count = static_cast<int>(range.size - t < task.tile ? range.size - t : task.tile);
-    read_targets(task, range.begin + t, count, w, h, shared);
-    __syncthreads();
-    if (task.rule.class_mode != ClassMode::none) {
-      compute_terms(task, logits, queries, shared);
-      __syncthreads();
-    }
-    write_tile<zero>(task, layer, range.begin + t, count, query, shared);
-    __syncthreads();  // before the next tile
-  }
-  if (blockIdx.z == 0) {
-    fill_gap(task, layer, gap_before(task.ranges, image), index);
-    fill_gap(task, layer, gap_behind(task.ranges, image), index);
-  }
-}
-
-template <bool zero, typename T>
-__global__ void __launch_bounds__(kThreads, 1) cost_kernel(const Task<T> task) {
-  __shared__ Shared<T> shared;
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 8 : 4) cost_kernel(const Task<T> task) {
+  __shared__ Tile<T> tile;
+  __shared__ BlockExchange<kThreads> exchange;
+  BlockTeam<kThreads> team(exchange);
   const int64_t batch = task.ranges.batch, problems = task.layers * batch;
   for (int64_t problem = blockIdx.y; problem < problems; problem += gridDim.y) {
-    solve<zero>(task, problem / batch, problem % batch, shared);
-    __syncthreads();
+    const CostPlace place{problem / batch, problem % batch, int64_t{blockIdx.x} * Tile<T>::kQueries, blockIdx.z,
+                          gridDim.z};
+    fill_cost_tile<zero>(team, task, place, tile, ReadSoftmax{}, OfferKeys{});
   }
 }
 
@@ -352,14 +163,14 @@ void fill_keys(Tensor& keys, int64_t value, cudaStream_t stream) {
 }
 
 // Small tiles of targets where there are too few tiles of queries to fill a GPU; large ones share more class terms.
-int targets_per_tile(int64_t blocks) { return blocks >= 512 ? kMaxTargets : (blocks >= 128 ? 32 : 16); }
+int targets_per_tile(int64_t blocks) { return blocks >= 512 ? Tile<float>::kTargets : (blocks >= 128 ? 32 : 16); }
 
 template <typename T>
 void launch(Task<T> task, cudaStream_t stream) {
-  const int64_t problems = task.layers * task.ranges.batch, tiles = ceil_div(task.queries, kQueries);
+  const int64_t problems = task.layers * task.ranges.batch, tiles = ceil_div(task.queries, Tile<T>::kQueries);
   task.tile = targets_per_tile(problems * tiles);
   const int64_t mean = ceil_div(task.ranges.rows, task.ranges.batch);
-  const int64_t splits = task.tile == kMaxTargets ? 1 : std::clamp<int64_t>(ceil_div(mean, task.tile), 1, 64);
+  const int64_t splits = task.tile == Tile<float>::kTargets ? 1 : std::clamp<int64_t>(ceil_div(mean, task.tile), 1, 64);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(std::min(problems, kMaxGridY)),
                   static_cast<unsigned>(splits));
   task.rule.zero ? cost_kernel<true><<<grid, kThreads, 0, stream>>>(task)
@@ -415,7 +226,7 @@ std::tuple<Tensor, Tensor> matching_cost(Tensor logits, Tensor boxes, Tensor lab
                  extra_cost ? extra_cost->stride(1) : 0,
                  layers,
                  queries,
-                 kMaxTargets,
+                 Tile<float>::kTargets,
                  static_cast<T*>(cost.data_ptr()),
                  nullptr};
     run(task, cost, keys, device.stream());
