@@ -167,7 +167,7 @@ def _batch_of(offsets: Tensor) -> int:
 def _check_counts(counts: Tensor, batch: int, width: int, device: torch.device) -> Tensor:
     check_integers("counts", counts, (batch,), device)
     if readable(counts) and batch:
-        values: list[int] = counts.tolist()
+        values: list[int] = counts.numpy().tolist()
         if not (min(values) >= 0 and max(values) <= width):
             raise ValueError(f"counts must lie in 0..{width}, the number of target rows of an image, got {values}")
     return counts.to(torch.int64).contiguous()
