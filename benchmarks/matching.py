@@ -125,6 +125,7 @@ def transformers_matcher() -> Matcher | None:
 def ultralytics_matcher() -> Matcher | None:
     """The matcher of RT-DETR there; it writes settings when it is imported, which go to a temporary folder."""
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
+    os.environ.setdefault("YOLO_VERBOSE", "false")
     module = optional("ultralytics.models.utils.ops")
     if module is None:
         return None

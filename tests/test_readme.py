@@ -22,7 +22,7 @@ COMMANDS = [line.split("#")[0].strip() for line in README.read_text().splitlines
 def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -32,6 +32,12 @@ def names() -> dict[str, Any]:
 def test_boxes(names: dict[str, Any]) -> None:
     assert names["overlaps"].shape == (900, 20)
     assert torch.isfinite(names["predicted"].grad).all()
+
+
+def test_matching(names: dict[str, Any]) -> None:
+    assert [(len(i), sorted(j.tolist())) for i, j in names["pairs"]] == [(2, [0, 1]), (0, [])]
+    assert torch.isfinite(names["logits"].grad).all()
+    assert (names["boxes"].grad != 0).any()
 
 
 def test_images(names: dict[str, Any]) -> None:

@@ -65,13 +65,13 @@ void run(const Task<T>& task, int64_t problems) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> match_queries(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes,
-                                                 std::optional<Tensor> offsets, std::optional<Tensor> counts,
-                                                 std::optional<Tensor> image_hw, std::optional<Tensor> extra_cost,
-                                                 int64_t batch, int64_t class_mode, double alpha, double gamma,
-                                                 double eps, double w_class, double w_box, double w_giou, int64_t fmt,
-                                                 int64_t eps_mode, double giou_eps, int64_t groups, int64_t repeats,
-                                                 bool interleave, bool drop_invalid, bool any_ties) {
+std::tuple<Tensor, Tensor, Tensor> match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes,
+                                         std::optional<Tensor> offsets, std::optional<Tensor> counts,
+                                         std::optional<Tensor> image_hw, std::optional<Tensor> extra_cost,
+                                         int64_t batch, int64_t class_mode, double alpha, double gamma, double eps,
+                                         double w_class, double w_box, double w_giou, int64_t fmt, int64_t eps_mode,
+                                         double giou_eps, int64_t groups, int64_t repeats, bool interleave,
+                                         bool drop_invalid, bool any_ties) {
   const int64_t layers = boxes.size(0), rows = labels.size(0);
   Tensor query = new_output({layers, groups * repeats, rows}, ScalarType::Long);
   Tensor matched = new_output({layers, groups * repeats, rows}, boxes.scalar_type());
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> match_queries(Tensor logits, Tensor boxes, Te
   return {query, matched, status};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ssod_fast, CPU, m) { m.impl("match_queries", TORCH_BOX(&match_queries)); }
+STABLE_TORCH_LIBRARY_IMPL(ssod_fast, CPU, m) { m.impl("match", TORCH_BOX(&match)); }
 
 }  // namespace
 }  // namespace ssod

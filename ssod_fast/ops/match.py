@@ -139,7 +139,7 @@ def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> tuple[Te
 
 
 register(
-    "match_queries(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor? offsets, Tensor? counts, Tensor? image_hw, "
+    "match(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor? offsets, Tensor? counts, Tensor? image_hw, "
     "Tensor? extra_cost, int batch, int class_mode, float alpha, float gamma, float eps, float w_class, float w_box, float w_giou, "
     "int fmt, int eps_mode, float giou_eps, int groups, int repeats, bool interleave, bool drop_invalid, bool any_ties) "
     "-> (Tensor query, Tensor matched_cost, Tensor status)",
@@ -147,4 +147,4 @@ register(
     fake=_fake,
     composed=True,
 )
-_op = torch.ops.ssod_fast.match_queries.default
+_op = torch.ops.ssod_fast.match.default
