@@ -14,7 +14,7 @@ namespace ssod {
 
 enum class GmmRule : int64_t { density, posterior };
 
-enum GmmFlag : uint8_t { kGmmEmpty = 1, kGmmSingle = 2, kGmmConstant = 4, kGmmNotConverged = 8 };
+enum GmmFlag : int32_t { kGmmEmpty = 1, kGmmSingle = 2, kGmmConstant = 4, kGmmNotConverged = 8 };
 
 struct GmmOptions {
   double reg_covar, tol;
@@ -99,12 +99,12 @@ SSOD_HD void gmm_advance(GmmFit& fit, const GmmSums& sums, const GmmOptions& opt
   ++fit.iterations;
 }
 
-SSOD_HD uint8_t gmm_flag(const GmmFit& fit) {
+SSOD_HD int32_t gmm_flag(const GmmFit& fit) {
   if (fit.count == 0) {
     return kGmmEmpty;
   }
   const int special = fit.count == 1 ? kGmmSingle : (fit.spread == 0 ? kGmmConstant : 0);
-  return static_cast<uint8_t>(special + (fit.converged ? 0 : kGmmNotConverged));
+  return special + (fit.converged ? 0 : kGmmNotConverged);
 }
 
 // A sample that may be the threshold of the rule "density": the densest, then the least.
@@ -129,25 +129,24 @@ SSOD_HD bool gmm_inner(const GmmFit& fit, double y, bool second_label) {
 
 // Where the results of a batch go; P problems.
 struct GmmOutputs {
-  void* threshold;                      // [P], dtype of the samples
-  bool* keep;                           // as the samples
-  double *means, *variances, *weights;  // [P, 2]
-  int32_t* iterations;                  // [P]
-  double* bound;                        // [P]
-  int32_t* n_used;                      // [P]
-  uint8_t* flag;                        // [P]
+  void* threshold;     // [P], dtype of the samples
+  bool* keep;          // as the samples
+  double* statistics;  // [7 * P]: means, variances and weights, [P, 2] each, and lower bounds
+  int32_t* counters;   // [3, P]: iterations, samples that count, flag
+  int64_t batch;       // P
 
   SSOD_HD void store(int64_t problem, const GmmFit& fit, const GmmOptions& options) const {
     const bool some = fit.count > 0;
     for (int k = 0; k < 2; ++k) {
-      means[2 * problem + k] = some ? options.sign() * (fit.origin + fit.mean[k]) : 0;
-      variances[2 * problem + k] = some ? fit.variance[k] : options.reg_covar;
-      weights[2 * problem + k] = fit.weight[k];
+      double* pair = statistics + 2 * problem + k;
+      pair[0] = some ? options.sign() * (fit.origin + fit.mean[k]) : 0;
+      pair[2 * batch] = some ? fit.variance[k] : options.reg_covar;
+      pair[4 * batch] = fit.weight[k];
     }
-    iterations[problem] = fit.iterations;
-    bound[problem] = some ? fit.bound : 0;
-    n_used[problem] = static_cast<int32_t>(fit.count);
-    flag[problem] = gmm_flag(fit);
+    statistics[6 * batch + problem] = some ? fit.bound : 0;
+    counters[problem] = fit.iterations;
+    counters[batch + problem] = static_cast<int32_t>(fit.count);
+    counters[2 * batch + problem] = gmm_flag(fit);
   }
 };
 

@@ -153,7 +153,7 @@ def gmm_threshold_kernel(
     p_iterations,  # int32 [P]
     p_bound,  # float64 [P]
     p_used,  # int32 [P]
-    p_flag,  # uint8 [P]
+    p_flag,  # int32 [P]
     total,  # N
     batch,  # P
     max_iter,
@@ -206,7 +206,7 @@ def gmm_threshold_kernel(
     tl.store(p_iterations + i_group, tl.where(some, iterations, 0))
     tl.store(p_bound + i_group, tl.where(some, bound, 0.0))
     tl.store(p_used + i_group, n_used)
-    tl.store(p_flag + i_group, flag.to(tl.uint8))
+    tl.store(p_flag + i_group, flag)
 
 
 def gmm_threshold(
@@ -220,21 +220,20 @@ def gmm_threshold(
     reverse: bool,
     rule: int,
 ) -> tuple[Tensor, ...]:
-    """`ssod_fast::gmm_threshold`: threshold, keep, means, variances, weights, iterations, lower bound, number of samples, flag."""
+    """`ssod_fast::gmm_threshold`: threshold, keep, statistics and counters."""
     values = values.contiguous()
 
-    def make(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty((batch, *shape), dtype=dtype, device=values.device)
-
-    pairs = [make(torch.float64, 2) for _ in range(3)]
-    threshold, keep = make(values.dtype), torch.zeros_like(values, dtype=torch.bool)
-    outputs = (threshold, keep, *pairs, make(torch.int32), make(torch.float64), make(torch.int32), make(torch.uint8))
+    statistics = torch.empty(7 * batch, dtype=torch.float64, device=values.device)
+    counters = torch.empty((3, batch), dtype=torch.int32, device=values.device)
+    outputs = torch.empty(batch, dtype=values.dtype, device=values.device), torch.zeros_like(values, dtype=torch.bool), statistics, counters
     if batch == 0:
         return outputs
     total = values.numel()
+    means, variances, weights, bound = statistics.split((2 * batch, 2 * batch, 2 * batch, batch))
     with on_device(values):
         gmm_threshold_kernel[(batch,)](
-            *(values, *row_bounds(offsets, counts, total, threshold), *outputs),
+            *(values, *row_bounds(offsets, counts, total, outputs[0]), *outputs[:2]),
+            *(means, variances, weights, counters[0], bound, counters[1], counters[2]),
             *(total, batch, max_iter, reg_covar, tol, reverse, rule, offsets is not None, counts is not None),
             BLOCK=min(max(triton.next_power_of_2(total // batch), MIN_BLOCK), MAX_BLOCK),  # larger groups take several blocks
             enable_fp_fusion=False,

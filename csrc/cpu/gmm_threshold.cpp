@@ -266,26 +266,16 @@ const int64_t* index_data(const std::optional<Tensor>& index) {
   return index ? static_cast<const int64_t*>(index->data_ptr()) : nullptr;
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Results allocate(const Tensor& values, int64_t batch) {
-  const std::vector<int64_t> one{batch}, two{batch, 2};
-  return {new_output(one, values.scalar_type()), new_output(leading_sizes(values, values.dim()), ScalarType::Bool),
-          new_output(two, ScalarType::Double),   new_output(two, ScalarType::Double),
-          new_output(two, ScalarType::Double),   new_output(one, ScalarType::Int),
-          new_output(one, ScalarType::Double),   new_output(one, ScalarType::Int),
-          new_output(one, ScalarType::Byte)};
+  return {new_output({batch}, values.scalar_type()), new_output(leading_sizes(values, values.dim()), ScalarType::Bool),
+          new_output({7 * batch}, ScalarType::Double), new_output({3, batch}, ScalarType::Int)};
 }
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-GmmOutputs pointers(const Results& r) {
-  return {std::get<0>(r).data_ptr(),    data<bool>(std::get<1>(r)),    data<double>(std::get<2>(r)),
-          data<double>(std::get<3>(r)), data<double>(std::get<4>(r)),  data<int32_t>(std::get<5>(r)),
-          data<double>(std::get<6>(r)), data<int32_t>(std::get<7>(r)), data<uint8_t>(std::get<8>(r))};
+GmmOutputs pointers(const Results& r, int64_t batch) {
+  return {std::get<0>(r).data_ptr(), static_cast<bool*>(std::get<1>(r).data_ptr()),
+          static_cast<double*>(std::get<2>(r).data_ptr()), static_cast<int32_t*>(std::get<3>(r).data_ptr()), batch};
 }
 
 Results gmm_threshold(Tensor values, std::optional<Tensor> offsets, std::optional<Tensor> counts, int64_t batch,
@@ -293,7 +283,7 @@ Results gmm_threshold(Tensor values, std::optional<Tensor> offsets, std::optiona
   const RowRanges ranges{index_data(offsets), index_data(counts), values.numel(), batch};
   const GmmOptions options{reg_covar, tol, static_cast<int>(max_iter), reverse, static_cast<GmmRule>(rule)};
   Results results = allocate(values, batch);
-  const GmmOutputs out = pointers(results);
+  const GmmOutputs out = pointers(results, batch);
   if (offsets || counts) {  // rows that no problem owns
     std::memset(out.keep, 0, static_cast<size_t>(ranges.rows));
   }

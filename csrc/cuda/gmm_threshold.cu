@@ -38,30 +38,23 @@ void launch(const T* values, const RowRanges& ranges, const GmmOptions& options,
   check_launch("gmm_threshold");
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Results allocate(const Tensor& values, int64_t batch) {
-  const std::vector<int64_t> one{batch}, two{batch, 2};
-  return {new_cuda_output(values, one, values.scalar_type()),
-          new_cuda_output(values, first_sizes(values, values.dim()), ScalarType::Bool),
-          new_cuda_output(values, two, ScalarType::Double),
-          new_cuda_output(values, two, ScalarType::Double),
-          new_cuda_output(values, two, ScalarType::Double),
-          new_cuda_output(values, one, ScalarType::Int),
-          new_cuda_output(values, one, ScalarType::Double),
-          new_cuda_output(values, one, ScalarType::Int),
-          new_cuda_output(values, one, ScalarType::Byte)};
-}
-
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-GmmOutputs pointers(const Results& r) {
-  return {std::get<0>(r).data_ptr(),    data<bool>(std::get<1>(r)),    data<double>(std::get<2>(r)),
-          data<double>(std::get<3>(r)), data<double>(std::get<4>(r)),  data<int32_t>(std::get<5>(r)),
-          data<double>(std::get<6>(r)), data<int32_t>(std::get<7>(r)), data<uint8_t>(std::get<8>(r))};
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results allocate(const Tensor& values, int64_t batch) {
+  return {new_cuda_output(values, {batch}, values.scalar_type()),
+          new_cuda_output(values, first_sizes(values, values.dim()), ScalarType::Bool),
+          new_cuda_output(values, {7 * batch}, ScalarType::Double),
+          new_cuda_output(values, {3, batch}, ScalarType::Int)};
+}
+
+GmmOutputs pointers(const Results& r, int64_t batch) {
+  return {std::get<0>(r).data_ptr(), static_cast<bool*>(std::get<1>(r).data_ptr()),
+          static_cast<double*>(std::get<2>(r).data_ptr()), static_cast<int32_t*>(std::get<3>(r).data_ptr()), batch};
 }
 
 const int64_t* index_data(const std::optional<Tensor>& index) {
@@ -74,7 +67,7 @@ Results gmm_threshold(Tensor values, std::optional<Tensor> offsets, std::optiona
   const RowRanges ranges{index_data(offsets), index_data(counts), values.numel(), batch};
   const GmmOptions options{reg_covar, tol, static_cast<int>(max_iter), reverse, static_cast<GmmRule>(rule)};
   Results results = allocate(values, batch);
-  const GmmOutputs out = pointers(results);
+  const GmmOutputs out = pointers(results, batch);
   if (offsets && ranges.rows > 0) {  // rows that no problem owns
     const cudaError_t error = cudaMemsetAsync(out.keep, 0, static_cast<size_t>(ranges.rows), device.stream());
     STD_TORCH_CHECK(error == cudaSuccess, "gmm_threshold: ", cudaGetErrorString(error));

@@ -15,6 +15,7 @@ from ._registry import register
 EMPTY, SINGLE, CONSTANT, NOT_CONVERGED = 1, 2, 4, 8  # bits of GMMThreshold.flag
 _RULES = {"density": 0, "posterior": 1}
 _HALF = (torch.float16, torch.bfloat16)
+_FLOATS = (torch.float32, torch.float64, *_HALF)
 
 
 class GMMThreshold(NamedTuple):
@@ -23,24 +24,53 @@ class GMMThreshold(NamedTuple):
     Attributes:
         threshold: [P], dtype of the samples: one of the samples, unchanged; 0 where a group has none.
         keep: bool, shape of the samples: whether a sample is at or below its group's threshold (at or above it with `reverse`).
-        means: [P, 2]; the first component is the one that began at the least sample (at the largest with `reverse`).
-        variances: [P, 2], `reg_covar` included.
-        weights: [P, 2], sums 1.
-        iterations: int32 [P].
-        lower_bound: [P], mean log-likelihood of the last E-step before the parameters settled.
-        n_used: int32 [P], samples that are finite.
-        flag: uint8 [P]; bits: 1 no sample, 2 a single one, 4 several equal ones, 8 `max_iter` reached before `tol`.
+        statistics: [7 * P], what `means`, `variances`, `weights` and `lower_bound` are views of: one tensor costs less than four.
+        counters: int32 [3, P], what `iterations`, `n_used` and `flag` are views of.
     """
 
     threshold: Tensor
     keep: Tensor
-    means: Tensor
-    variances: Tensor
-    weights: Tensor
-    iterations: Tensor
-    lower_bound: Tensor
-    n_used: Tensor
-    flag: Tensor
+    statistics: Tensor
+    counters: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """[P, 2]; the first component is the one that began at the least sample (at the largest with `reverse`)."""
+        return self._pairs(0)
+
+    @property
+    def variances(self) -> Tensor:
+        """[P, 2], `reg_covar` included."""
+        return self._pairs(1)
+
+    @property
+    def weights(self) -> Tensor:
+        """[P, 2], sums 1."""
+        return self._pairs(2)
+
+    @property
+    def lower_bound(self) -> Tensor:
+        """[P], mean log-likelihood of the last E-step before the parameters settled."""
+        return self.statistics[6 * self.counters.shape[1] :]
+
+    @property
+    def iterations(self) -> Tensor:
+        """int32 [P]."""
+        return self.counters[0]
+
+    @property
+    def n_used(self) -> Tensor:
+        """int32 [P], samples that are finite."""
+        return self.counters[1]
+
+    @property
+    def flag(self) -> Tensor:
+        """int32 [P]; bits: 1 no sample, 2 a single one, 4 several equal ones, 8 `max_iter` reached before `tol`."""
+        return self.counters[2]
+
+    def _pairs(self, block: int) -> Tensor:
+        groups = self.counters.shape[1]
+        return self.statistics[2 * block * groups : 2 * (block + 1) * groups].view(groups, 2)
 
 
 def gmm_threshold(
@@ -87,33 +117,36 @@ def gmm_threshold(
     if rule_id is None:
         raise ValueError(f"rule must be 'density' or 'posterior', got {rule!r}")
     offsets, counts, groups = _check_samples(values, offsets, counts)
-    samples = values.detach()
+    samples = values.detach() if values.requires_grad else values
     if samples.dtype in _HALF:
         samples = samples.float()
-    result = _op(samples.contiguous(), offsets, counts, groups, reg_covar, tol, max_iter, bool(reverse), rule_id)
+    result = GMMThreshold(*_op(samples.contiguous(), offsets, counts, groups, reg_covar, tol, max_iter, bool(reverse), rule_id))
     if samples.dtype is not values.dtype:
-        return GMMThreshold(result[0].to(values.dtype), *result[1:])  # exact: it is one of the samples
-    return GMMThreshold(*result)
+        return result._replace(threshold=result.threshold.to(values.dtype))  # exact: it is one of the samples
+    return result
 
 
 def _check_options(reg_covar: float, tol: float, max_iter: int) -> None:
-    if not _is_number(reg_covar) or not 0 < reg_covar < math.inf:
+    if not _lies_in(reg_covar, math.ulp(0.0)):
         raise ValueError(f"reg_covar must be a finite number > 0, got {reg_covar!r}")
-    if not _is_number(tol) or not 0 <= tol < math.inf:
+    if not _lies_in(tol, 0):
         raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
-    if not isinstance(max_iter, int) or isinstance(max_iter, bool) or not 1 <= max_iter < 2**31:
+    if not isinstance(max_iter, int) or not 1 <= max_iter < 2**31:
         raise ValueError(f"max_iter must be an integer >= 1, got {max_iter!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _lies_in(value: object, least: float) -> bool:
+    try:
+        return least <= value < math.inf  # type: ignore[operator]
+    except TypeError:  # a string, for example
+        return False
 
 
 def _check_samples(values: Tensor, offsets: Tensor | None, counts: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
     """Checks what belongs to which group; returns the index tensors as int64 and the number of groups."""
     if not isinstance(values, Tensor):
         raise TypeError(f"values must be a tensor, got {type(values).__name__}")
-    if not values.dtype.is_floating_point or values.dtype.itemsize == 1:
+    if values.dtype not in _FLOATS:
         raise TypeError(f"values must be float16, bfloat16, float32 or float64, got {values.dtype}")
     if offsets is not None:
         if counts is not None:
@@ -290,34 +323,18 @@ def _reference(
     sign = -1.0 if reverse else 1.0
     some = n_used > 0
     flag = EMPTY * ~some + SINGLE * (n_used == 1) + CONSTANT * ((n_used > 1) & (spread == 0)) + NOT_CONVERGED * (~fit.done & some)
-    results = (
-        (sign * threshold).to(values.dtype),
-        sign * (fit.means + origin[:, None]) * some[:, None],
-        fit.variances,
-        fit.weights,
-        fit.iterations * some,
-        fit.bound.where(some, 0),
-        n_used.int(),
-        flag.to(torch.uint8),
-    )
-    threshold, *rest = (r[:batch] for r in results)
-    return threshold, keep.view_as(values), *rest
+    statistics = [sign * (fit.means + origin[:, None]) * some[:, None], fit.variances, fit.weights, fit.bound.where(some, 0)]
+    counters = torch.stack((fit.iterations * some, n_used, flag)).int()[:, :batch]
+    threshold = (sign * threshold[:batch]).to(values.dtype)
+    return threshold, keep.view_as(values), torch.cat([s[:batch].flatten() for s in statistics]), counters.contiguous()
 
 
 def _fake(values: Tensor, offsets: Tensor | None, counts: Tensor | None, batch: int, *_: Any) -> tuple[Tensor, ...]:
-    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return values.new_empty(shape, dtype=dtype)
-
     return (
         values.new_empty(batch),
         torch.empty_like(values, dtype=torch.bool, memory_format=torch.contiguous_format),
-        new(batch, 2),
-        new(batch, 2),
-        new(batch, 2),
-        new(batch, dtype=torch.int32),
-        new(batch),
-        new(batch, dtype=torch.int32),
-        new(batch, dtype=torch.uint8),
+        values.new_empty(7 * batch, dtype=torch.float64),
+        values.new_empty(3, batch, dtype=torch.int32),
     )
 
 

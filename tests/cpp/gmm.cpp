@@ -31,12 +31,10 @@ py::tuple gmm(int threads, const Array<T>& values, const std::optional<Array<int
   const ssod::GmmOptions options{reg_covar, tol, max_iter, reverse, static_cast<ssod::GmmRule>(rule)};
   Array<T> threshold(batch);
   Array<bool> keep(values.size());
-  Array<double> means({batch, int64_t{2}}), variances({batch, int64_t{2}}), weights({batch, int64_t{2}}), bound(batch);
-  Array<int32_t> iterations(batch), n_used(batch);
-  Array<uint8_t> flag(batch);
+  Array<double> statistics(7 * batch);
+  Array<int32_t> counters({int64_t{3}, batch});
   std::fill_n(data(keep), keep.size(), false);
-  const ssod::GmmOutputs out{data(threshold),  data(keep),  data(means),  data(variances), data(weights),
-                             data(iterations), data(bound), data(n_used), data(flag)};
+  const ssod::GmmOutputs out{data(threshold), data(keep), data(statistics), data(counters), batch};
   const T* samples = values.data();
   ssod::run_team(threads, [&](ssod::ThreadTeam& team) {
     for (int64_t problem = 0; problem < batch; ++problem) {
@@ -44,7 +42,7 @@ py::tuple gmm(int threads, const Array<T>& values, const std::optional<Array<int
       ssod::gmm_clear_padding(team, ranges, problem, out.keep);
     }
   });
-  return py::make_tuple(threshold, keep, means, variances, weights, iterations, bound, n_used, flag);
+  return py::make_tuple(threshold, keep, statistics, counters);
 }
 
 }  // namespace
