@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from typing import Any, Literal, NamedTuple, get_args, overload
@@ -20,6 +21,21 @@ CLASS_MODES = {name: i for i, name in enumerate(get_args(ClassMode))}
 FOCAL, FOCAL_LOGITS, SOFTMAX, PROB, NO_CLASS = range(5)
 UNKNOWN_KEY = torch.iinfo(torch.int64).min
 _SMALLEST_EPS = 1e-37  # a normal number in float32, so that no logarithm meets 0
+
+
+class _Options(NamedTuple):
+    """The end of :class:`CostArguments`: what does not depend on tensors."""
+
+    class_mode: int
+    alpha: float
+    gamma: float
+    eps: float
+    w_class: float
+    w_box: float
+    w_giou: float
+    fmt: int
+    eps_mode: int
+    giou_eps: float
 
 
 class CostArguments(NamedTuple):
@@ -195,47 +211,62 @@ def cost_arguments(
         ValueError: as :func:`matching_cost`.
         TypeError: as :func:`matching_cost`.
     """
+    parse = _parse_options if torch.compiler.is_compiling() else _known_options
+    options = parse(class_mode, alpha, gamma, eps, w_class, w_box, w_giou, box_format, giou_eps_mode)
+    if not (w_box or w_giou or (w_class and options.class_mode != NO_CLASS)) and extra_cost is None:
+        raise ValueError("w_class, w_box and w_giou must not all be 0 (w_class counts as 0 for class_mode 'none'), got no term at all")
+    logits, boxes = _check_predictions(logits, boxes, options.class_mode)
+    packed = pack_targets(targets, boxes.device)
+    _check_targets(packed, boxes, logits.shape[-1], options.class_mode)
+    dtype = torch.float64 if boxes.dtype is torch.float64 or logits.dtype is torch.float64 else torch.float32
+    extra = _check_extra(extra_cost, boxes, packed, dtype)
+    if boxes.dim() == 3:
+        logits, boxes = logits.unsqueeze(0), boxes.unsqueeze(0)
+    return CostArguments(
+        _computable(logits, dtype if dtype is torch.float64 else logits.dtype),
+        _computable(boxes, dtype),
+        packed.labels.contiguous(),
+        _computable(packed.boxes, dtype).contiguous(),
+        None if packed.offsets is None else packed.offsets.to(torch.int64).contiguous(),
+        None if packed.counts is None else packed.counts.to(torch.int64).contiguous(),
+        _check_image_hw(image_hw, boxes, dtype),
+        extra,
+        packed.batch,
+        *options,
+    ), packed
+
+
+def _parse_options(
+    class_mode: str,
+    alpha: float,
+    gamma: float,
+    eps: float,
+    w_class: float,
+    w_box: float,
+    w_giou: float,
+    box_format: str,
+    giou_eps_mode: str,
+) -> _Options:
     mode = _boxes._choice("class_mode", class_mode, CLASS_MODES)
     rule = _boxes.make_rule("giou", "xyxy", giou_eps_mode, None)
     fmt = _boxes._choice("box_format", box_format, _boxes.FORMATS)
-    _check_numbers(alpha=alpha, gamma=gamma, eps=eps, w_class=w_class, w_box=w_box, w_giou=w_giou)
-    if not (w_box or w_giou or (w_class and mode != NO_CLASS)) and extra_cost is None:
-        raise ValueError("w_class, w_box and w_giou must not all be 0 (w_class counts as 0 for class_mode 'none'), got no term at all")
-    logits, boxes = _check_predictions(logits, boxes, mode)
-    packed = pack_targets(targets, boxes.device)
-    _check_targets(packed, boxes, logits.shape[-1], mode)
-    dtype = torch.float64 if torch.float64 in (logits.dtype, boxes.dtype) else torch.float32
-    flat = boxes.unsqueeze(0) if boxes.dim() == 3 else boxes
-    return CostArguments(
-        _computable(logits.unsqueeze(0) if logits.dim() == 3 else logits, dtype if dtype is torch.float64 else logits.dtype),
-        _computable(flat, dtype),
-        packed.labels.contiguous(),
-        packed.boxes.detach().to(dtype).contiguous(),
-        None if packed.offsets is None else packed.offsets.to(torch.int64).contiguous(),
-        None if packed.counts is None else packed.counts.to(torch.int64).contiguous(),
-        _check_image_hw(image_hw, flat, dtype),
-        _check_extra(extra_cost, boxes, packed, dtype),
-        packed.batch,
-        mode,
-        float(alpha),
-        float(gamma),
-        float(eps),
-        float(w_class),
-        float(w_box),
-        float(w_giou),
-        fmt,
-        rule.eps_mode,
-        rule.eps,
-    ), packed
+    numbers = {"alpha": alpha, "gamma": gamma, "eps": eps, "w_class": w_class, "w_box": w_box, "w_giou": w_giou}
+    _check_numbers(numbers)
+    return _Options(mode, float(alpha), float(gamma), float(eps), float(w_class), float(w_box), float(w_giou), fmt, rule.eps_mode, rule.eps)
+
+
+_known_options = functools.lru_cache(maxsize=64)(_parse_options)  # a training step asks for the same ones each time
 
 
 def _computable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Without gradient, in `dtype`, with the last dimension contiguous; no copy if it is so already."""
-    tensor = tensor.detach().to(dtype)
+    tensor = tensor.detach()
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _check_numbers(**numbers: float) -> None:
+def _check_numbers(numbers: dict[str, float]) -> None:
     least = {"gamma": 0.0, "eps": _SMALLEST_EPS}
     for name, value in numbers.items():
         low = least.get(name, -math.inf)
