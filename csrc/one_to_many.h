@@ -23,9 +23,7 @@ constexpr float kCenterRadius = 2.5f;   // strides: the central region of "simot
 constexpr float kIouWeight = 3.0f;      // of -ln(IoU) in the costs
 constexpr float kOffCenter = 1e5f;      // what "simota" adds outside of box and central region
 constexpr float kSoftCenter = 3.0f;     // strides at which the centre cost of "soft_label" reaches 1
-constexpr Eps<float> kIouEps{1e-6f, 0.0f, 0.0f};  // the union is raised to 1e-6
-constexpr Eps<float> kCiouEps{-static_cast<float>(INFINITY), 1e-7f, 1e-7f};
-constexpr float kMinLog = -100.0f;  // logarithms of probabilities are raised to it
+constexpr float kMinLog = -100.0f;      // logarithms of probabilities are raised to it
 
 // An exponent of the metric. Whole ones are raised by squaring and 1/2 is a root, so that all implementations round
 // alike.
@@ -159,14 +157,18 @@ SSOD_HD bool admits(const AssignTarget& t, const Prior& p) {
   return is_inside(t, p.x, p.y, 0.0f) || (rule == AssignRule::simota && is_central(t, p));
 }
 
+// The guards of IoU (the union is raised to 1e-6) and of CIoU (1e-7 is added to the denominators).
+SSOD_HD Eps<float> iou_eps() { return {1e-6f, 0.0f, 0.0f}; }
+SSOD_HD Eps<float> ciou_eps() { return {minus_infinity<float>(), 1e-7f, 1e-7f}; }
+
 // Overlap of a pair, at least 0. NaN stays: such a pair is impossible.
 template <AssignRule rule>
 SSOD_HD float pair_iou(const AssignTarget& t, Box<float> query) {
   if constexpr (rule == AssignRule::tal_any) {
     query.angle = box_angle(query, false);
-    return at_least(overlap<Mode::ciou, false>(t.box, query, kCiouEps), 0.0f);
+    return at_least(overlap<Mode::ciou, false>(t.box, query, ciou_eps()), 0.0f);
   } else {
-    return overlap<Mode::iou, false>(t.box, query, kIouEps);
+    return overlap<Mode::iou, false>(t.box, query, iou_eps());
   }
 }
 

@@ -88,6 +88,8 @@ struct AssignOutput {
   int32_t* count;                // [L, G]
 };
 
+constexpr int64_t kBlock = 4;  // chunks whose scores are fetched together
+
 template <AssignRule rule>
 class ImageAssigner {
  public:
@@ -231,7 +233,7 @@ class ImageAssigner {
   }
 
   void overlaps_of(const AssignTarget& t) {
-    overlap_row<Mode::iou, false>(t.box, boxes_, kIouEps, iou_.data(), whole_vectors(count_));
+    overlap_row<Mode::iou, false>(t.box, boxes_, iou_eps(), iou_.data(), whole_vectors(count_));
   }
 
   void choose(int32_t t) {
@@ -252,10 +254,10 @@ class ImageAssigner {
     } else {
       offer_cheapest(target, t);
     }
-    for (const BestQueries::Entry& e : best_.entries()) {
+    for (const BestQueries::Entry& e : best_) {
       if (rule != AssignRule::tal || !view_.priors || prior_is_inside(target, e.query)) {
-        const float metric = is_cost(rule) ? -e.merit : e.merit;
-        claim(t, {e.query, t, metric, e.iou, o_.by_metric ? e.merit : e.iou});
+        const float metric = is_cost(rule) ? -e.merit : e.merit, iou = iou_[e.query];
+        claim(t, {e.query, t, metric, iou, o_.by_metric ? e.merit : iou});
       }
     }
   }
@@ -271,28 +273,28 @@ class ImageAssigner {
         for_each_bit(in_box(target, c, kPointMargin), [&](int j) {
           const int64_t q = c * kChunk + j;
           const float u = pair_iou<rule>(target, boxes_.at(q));
-          best_.offer(u > 0.0f ? u : minus_infinity<float>(), q, u);
+          best_.offer(u > 0.0f ? u : minus_infinity<float>(), q);
         });
       } else {
         uint64_t bits = above_in(iou_, c, at_least(best_.floor(), 0.0f));
         if constexpr (is_cost(rule)) {
           bits &= admitted_[c];
         }
-        for_each_bit(bits, [&](int j) { best_.offer(iou_[c * kChunk + j], c * kChunk + j, 0.0f); });
+        for_each_bit(bits, [&](int j) { best_.offer(iou_[c * kChunk + j], c * kChunk + j); });
       }
     }
     float total = 0.0f;
-    for (const BestQueries::Entry& e : best_.entries()) {
+    for (const BestQueries::Entry& e : best_) {
       total += e.merit;
     }
     return std::max<int64_t>(1, static_cast<int64_t>(total));
   }
 
-  // The row of upper bounds, where the exponent is one of the usual ones; otherwise the overlaps, which tell only where
-  // the metric is 0.
-  bool bound_metrics() {
+  // Upper bounds of the metrics of n queries, where the exponent is one of the usual ones; otherwise the overlaps must
+  // do, which tell only where the metric is 0.
+  bool bound_metrics(int64_t first, int64_t n) {
     const auto fill = [&](auto exponent) {
-      power_row<exponent()>(iou_.data(), bound_.data(), whole_vectors(count_));
+      power_row<exponent()>(&iou_[first], &bound_[first], n);
       return true;
     };
     switch (o_.beta.whole) {
@@ -312,36 +314,51 @@ class ImageAssigner {
   }
 
   void offer_aligned(const AssignTarget& target) {
-    const bool bounded = bound_metrics();
+    const bool bounded = bound_metrics(0, whole_vectors(count_));
     const std::vector<float>& row = bounded ? bound_ : iou_;
-    for (int64_t c = 0; c < chunks(); ++c) {
+    for (int64_t c = 0; c < chunks(); c += kBlock) {
       const float floor = bounded ? at_least(best_.floor(), 0.0f) : 0.0f;
-      for_each_bit(above_in(row, c, floor), [&](int j) {
-        const int64_t q = c * kChunk + j;
-        if (!bounded || row[q] > best_.floor()) {
-          offer_positive(value(target, q, iou_[q]), q);
+      int found = 0;
+      int32_t query[kBlock * kChunk];
+      float score[kBlock * kChunk];
+      for (int64_t d = c; d < std::min(c + kBlock, chunks()); ++d) {
+        for_each_bit(above_in(row, d, floor), [&](int j) {
+          query[found] = static_cast<int32_t>(d * kChunk + j);
+          score[found++] = view_.score(d * kChunk + j, target.label);
+        });
+      }
+      for (int i = 0; i < found; ++i) {
+        const float power_of_iou = bounded ? bound_[query[i]] : power(iou_[query[i]], o_.beta);
+        const float m = power(probability(score[i], o_.from_logits), o_.alpha) * power_of_iou;
+        if (m > 0.0f) {
+          best_.offer(m, query[i]);
         }
-      });
-    }
-  }
-
-  void offer_positive(const PairValue& v, int64_t q) {
-    if (v.merit > 0.0f) {
-      best_.offer(v.merit, q, v.iou);
+      }
     }
   }
 
   void offer_inside(const AssignTarget& target) {
     for (int64_t c = 0; c < chunks(); ++c) {
-      for_each_bit(in_box(target, c, kPointMargin), [&](int j) {
-        const int64_t q = c * kChunk + j;
-        const Box<float> box = boxes_.at(q);
-        // The aspect term of CIoU costs an arc tangent, and only lowers the IoU.
-        const float most = overlap<Mode::iou, false>(target.box, box, kCiouEps);
-        if (most > 0.0f && power(most, o_.beta) > best_.floor()) {
-          offer_positive(value(target, q, pair_iou<rule>(target, box)), q);
-        }
-      });
+      uint64_t bits = in_box(target, c, kPointMargin);
+      if (!bits) {
+        continue;
+      }
+      // The aspect term of CIoU costs an arc tangent and only lowers the IoU.
+      const int64_t first = c * kChunk, n = std::min(kChunk, whole_vectors(count_ - first));
+      overlap_row<Mode::iou, false>(target.box, boxes_.from(first), ciou_eps(), &iou_[first], n);
+      const bool bounded = bound_metrics(first, n);
+      bits &= above_in(bounded ? bound_ : iou_, c, bounded ? at_least(best_.floor(), 0.0f) : 0.0f);
+      for_each_bit(bits, [&](int j) { offer_box(target, first + j); });
+    }
+  }
+
+  // Offers a query whose IoU is known and replaced by the CIoU if it may matter.
+  void offer_box(const AssignTarget& target, int64_t q) {
+    const float s = power(probability(view_.score(q, target.label), o_.from_logits), o_.alpha);
+    if (s * power(iou_[q], o_.beta) > best_.floor()) {
+      iou_[q] = pair_iou<rule>(target, boxes_.at(q));
+      const float m = s * power(iou_[q], o_.beta);
+      best_.offer(m > 0.0f ? m : minus_infinity<float>(), q);
     }
   }
 
@@ -357,16 +374,26 @@ class ImageAssigner {
     }
   }
 
-  // Offers the queries of some bits, whose cost is at least `base`.
+  // Offers the queries of some bits, whose cost is at least `base`: those that overlap first, as they are likely to
+  // rule out all others.
   template <typename Bits>
   void offer_costs(const AssignTarget& target, float base, Bits&& bits_of) {
+    const auto overlapping = [&](int64_t c) { return above_in(iou_, c, 0.0f); };
+    offer_some(target, base, [&](int64_t c, uint64_t bits) { return bits & overlapping(c); }, bits_of);
+    if (least_overlap(-best_.floor() - base, o_.eps) < 0.0f) {
+      offer_some(target, base, [&](int64_t c, uint64_t bits) { return bits & ~overlapping(c); }, bits_of);
+    }
+  }
+
+  template <typename Filter, typename Bits>
+  void offer_some(const AssignTarget& target, float base, Filter&& filter, Bits&& bits_of) {
     float floor = best_.floor(), least = least_overlap(-floor - base, o_.eps);
     for (int64_t c = 0; c < chunks(); ++c) {
       const uint64_t bits = bits_of(c);
-      for_each_bit(bits ? bits & above_in(iou_, c, least) : 0, [&](int j) {
+      for_each_bit(bits ? filter(c, bits) : 0, [&](int j) {
         const int64_t q = c * kChunk + j;
         if (iou_[q] > least) {
-          best_.offer(value(target, q, iou_[q]).merit, q, iou_[q]);
+          best_.offer(value(target, q, iou_[q]).merit, q);
         }
         if (best_.floor() != floor) {
           floor = best_.floor();
@@ -399,9 +426,9 @@ class ImageAssigner {
     best_.start(std::min<int64_t>(o_.topk, end - begin));
     for (int64_t first = begin; first < end; first += kChunk) {
       for_each_bit(above(&bound_[first], best_.floor()) & bits_before(0, end - first),
-                   [&](int j) { best_.offer(bound_[first + j], first + j, 0.0f); });
+                   [&](int j) { best_.offer(bound_[first + j], first + j); });
     }
-    for (const BestQueries::Entry& e : best_.entries()) {
+    for (const BestQueries::Entry& e : best_) {
       nearest_.push_back(e.query);
     }
   }

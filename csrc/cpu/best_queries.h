@@ -65,40 +65,48 @@ class BestQueries {
   struct Entry {
     float merit;
     int32_t query;
-    float iou;
   };
 
   void start(int64_t k) {
     k_ = k;
-    entries_.clear();
+    size_ = 0;
+    floor_ = minus_infinity<float>();
+    if (static_cast<int64_t>(entries_.size()) < k) {
+      entries_.resize(k);
+    }
   }
 
   // What the next one must exceed, or equal at a lower query.
-  float floor() const { return full() ? entries_.back().merit : minus_infinity<float>(); }
-  bool full() const { return static_cast<int64_t>(entries_.size()) == k_; }
-  const std::vector<Entry>& entries() const { return entries_; }  // from the best down
+  float floor() const { return floor_; }
+  bool full() const { return size_ == k_; }
+  const Entry* begin() const { return entries_.data(); }  // from the best down
+  const Entry* end() const { return entries_.data() + size_; }
 
-  void offer(float merit, int64_t query, float iou) {
-    if (!(merit > minus_infinity<float>()) || (full() && !before(merit, query, entries_.back()))) {
-      return;
+  void offer(float merit, int64_t query) {
+    if (merit > floor_) {
+      insert(merit, static_cast<int32_t>(query));
+    } else if (merit == floor_ && full() && merit > minus_infinity<float>() && query < entries_[k_ - 1].query) {
+      insert(merit, static_cast<int32_t>(query));
     }
-    if (full()) {
-      entries_.pop_back();
-    }
-    size_t at = entries_.size();
-    entries_.push_back({});
-    for (; at > 0 && before(merit, query, entries_[at - 1]); --at) {
-      entries_[at] = entries_[at - 1];
-    }
-    entries_[at] = {merit, static_cast<int32_t>(query), iou};
   }
 
  private:
-  static bool before(float merit, int64_t query, const Entry& other) {
-    return merit > other.merit || (merit == other.merit && query < other.query);
+  void insert(float merit, int32_t query) {
+    Entry* entries = entries_.data();
+    int64_t at = size_ < k_ ? size_++ : k_ - 1;
+    for (; at > 0; --at) {
+      const Entry other = entries[at - 1];
+      if (other.merit > merit || (other.merit == merit && other.query < query)) {
+        break;
+      }
+      entries[at] = other;
+    }
+    entries[at] = {merit, query};
+    floor_ = full() ? entries[k_ - 1].merit : floor_;
   }
 
-  int64_t k_ = 0;
+  int64_t k_ = 0, size_ = 0;
+  float floor_ = minus_infinity<float>();
   std::vector<Entry> entries_;
 };
 
