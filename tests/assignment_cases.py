@@ -58,7 +58,7 @@ def filled(cost: Matrix) -> Matrix:
 def unavoidable_invalid_pairs(cost: Matrix) -> int:
     """How many pairs of any complete matching are invalid at least."""
     matching = maximum_bipartite_matching(csr_array(np.isfinite(cost)), "column")
-    valid: int = np.count_nonzero(matching >= 0)
+    valid = int(np.count_nonzero(matching >= 0))
     return int(min(cost.shape)) - valid
 
 
