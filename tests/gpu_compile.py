@@ -160,6 +160,19 @@ def launch_matching(dtype: torch.dtype) -> None:
         batched_nms.batched_nms(boxes[0], cost[0, :2], torch.zeros(2, 300, dtype=torch.int64), counts, 0.5, 0.1, 100)
 
 
+def launch_one_to_many(rule: str, every: bool) -> None:
+    """Calls the launcher under one rule, with every step that an option adds, or with none of them."""
+    from ssod_fast.kernels import one_to_many_assign
+    from ssod_fast.ops._one_to_many import CONFLICTS, RULES
+
+    options = RULES[rule], every, 2 * every, 13, 3 * every, 0.5, 6.0, 1e-7, 16.0, every and rule != "atss", CONFLICTS["any_metric"] * every
+    boxes, targets = torch.rand(2, 2, 700, 4), torch.rand(6, 4)
+    arguments = (boxes, torch.zeros(6, dtype=torch.int64), targets, torch.tensor([0, 2, 6]), None)
+    priors = None if rule in ("tal", "atss") and not every else torch.rand(700, 4)
+    levels = [600, 100] if every and rule == "atss" else []
+    one_to_many_assign.one_to_many_assign(torch.rand(2, 2, 700, 9), *arguments, priors, torch.rand(2, 2), levels, 2, *options, every)
+
+
 def main() -> None:
     """Compiles and checks that every division is exact and no product is contracted."""
     from ssod_fast.kernels import (
@@ -174,6 +187,7 @@ def main() -> None:
         linear_assignment,
         matching_cost,
         neighborhood_boxes,
+        one_to_many_assign,
         paired_box_iou,
         point_boxes,
         random_negative_boxes,
@@ -182,11 +196,14 @@ def main() -> None:
     bags = (box_deltas, neighborhood_boxes, point_boxes, random_negative_boxes)
     matching = (batched_nms, gmm_threshold, linear_assignment, matching_cost)
 
-    def check(name: str, ptx: str) -> None:
-        assert "fma." not in ptx or name in TRANSCENDENTAL, f"{name} contracts a product into a sum"
+    def check_division(name: str, ptx: str) -> None:
         assert "div.full" not in ptx, f"{name} divides approximately"
         assert "div.approx" not in ptx, f"{name} divides approximately"
         print(name)
+
+    def check(name: str, ptx: str) -> None:
+        assert "fma." not in ptx or name in TRANSCENDENTAL, f"{name} contracts a product into a sum"
+        check_division(name, ptx)
 
     cases = {90: ("giou", "zero", torch.float32), 80: ("ciou", "add", torch.float64)}
     for capability, case in cases.items():
@@ -195,6 +212,10 @@ def main() -> None:
         launch_boxes(*case)
         launch_bags(case[2])
         launch_matching(case[2])
+        for rules, seen in ((("tal", "tal_any", "atss"), check), (("simota", "soft_label"), check_division)):  # costs hold logarithms
+            compiling(one_to_many_assign, capability, seen)
+            for i, rule in enumerate(rules):
+                launch_one_to_many(rule, every=i % 2 == (capability == 90))
         launch_compose(*((2, torch.float32) if capability == 90 else (1, torch.bfloat16)))
 
 

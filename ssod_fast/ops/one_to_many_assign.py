@@ -389,5 +389,6 @@ register(
     "float eps, float min_side, bool dynamic_k, int conflict, bool keep_one) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton=_triton,
 )
 _op = torch.ops.ssod_fast.one_to_many_assign.default

@@ -33,6 +33,14 @@ KERNELS = {
     "linear_assignment_kernel",
     "gmm_threshold_kernel",
     "batched_nms_kernel",
+    "class_sums_kernel",
+    "reached_kernel",
+    "choose_kernel",
+    "claim_kernel",
+    "contest_kernel",
+    "trim_kernel",
+    "rescue_kernel",
+    "finish_kernel",
 }
 
 
