@@ -12,6 +12,8 @@ from .gmm_threshold import GMMThreshold, gmm_threshold
 from .linear_assignment import linear_assignment, linear_sum_assignment
 from .match import match
 from .matching_cost import matching_cost
+from .ms_deform_attn import ms_deform_attn
+from .ms_deform_attn_fused import ms_deform_attn_fused
 from .neighborhood_boxes import NeighborhoodBoxes, neighborhood_boxes
 from .one_to_many_assign import OneToMany, one_to_many_assign
 from .packed_targets import PackedTargets, pack_targets
@@ -54,6 +56,8 @@ __all__ = [
     "linear_sum_assignment",
     "match",
     "matching_cost",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
     "neighborhood_boxes",
     "one_to_many_assign",
     "pack_targets",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -194,10 +194,10 @@ class _NoDoubleBackward(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}: double backward is not implemented")
 
 
-Grads = tuple[Tensor | None, Tensor | None]
+GradsT = TypeVar("GradsT", bound=tuple[Tensor | None, ...])
 
 
-def once(name: str, sources: tuple[Tensor, ...], grads: Grads) -> Grads:
+def once(name: str, sources: tuple[Tensor, ...], grads: GradsT) -> GradsT:
     """`grads` of a backward, arranged so that differentiating them again raises an error that names the op."""
-    guarded: Grads = _NoDoubleBackward.apply(name, len(sources), *sources, *grads)  # type: ignore[no-untyped-call]
+    guarded: GradsT = _NoDoubleBackward.apply(name, len(sources), *sources, *grads)  # type: ignore[no-untyped-call]
     return guarded

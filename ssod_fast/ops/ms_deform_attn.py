@@ -1,0 +1,210 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, arXiv 2010.04159)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _boxes, _ms_deform_checks
+from . import _ms_deform_attn as sampling
+from ._ms_deform_checks import Shapes
+from ._registry import register
+
+Method = Literal["bilinear", "discrete"]
+_METHODS = {"bilinear": sampling.BILINEAR, "discrete": sampling.DISCRETE}
+_NAMES = ("sampling_locations", "attention_weights")
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    level_start_index: Tensor | None = None,
+    num_points: Sequence[int] | None = None,
+    method: Method = "bilinear",
+) -> Tensor:
+    """Weighted sum of a few samples per query and head from every level of a feature pyramid (equation 3 of the paper, unprojected).
+
+    Positions, weights and sums are float32 whatever the dtype of `value` (float64 for float64), rounded once at the end. A bilinear sample
+    one pixel or more outside of its level, or at a NaN, contributes exactly 0 and gets no gradient. Sizes that are on the device are not
+    read by the host: where they do not fit `value`, samples that would lie outside of it contribute 0.
+
+    Args:
+        value: [B, S, M, C], float32, float16, bfloat16 or float64: S tokens, level by level, row by row; M heads of C channels.
+        spatial_shapes: (height, width) of the L levels as Python ints, or int64 [L, 2] on the device of `value`.
+        sampling_locations: [B, Q, M, L, P, 2] or [B, Q, M, K, 2], any float dtype; (x, y), where 0 and 1 are the outer edges of the level.
+        attention_weights: [B, Q, M, L, P] or [B, Q, M, K], any float dtype; used as they are.
+        level_start_index: int64 [L], first token of each level; by default levels follow each other.
+        num_points: samples of each level, L ints that sum to K; by default K / L each.
+        method: "bilinear", or "discrete" (RT-DETRv2, arXiv 2407.17140): the pixel at x · width + 0.5 and y · height + 0.5, truncated and
+            clamped to the level; locations get gradient 0.
+
+    Returns:
+        [B, Q, M * C], dtype of `value`, contiguous.
+
+    Raises:
+        ValueError: for shapes, sizes or devices that do not fit together, and for an unknown method.
+        TypeError: for what is no tensor, and for integer, boolean or complex tensors.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    inputs = _inputs(value, spatial_shapes, sampling_locations, attention_weights, level_start_index, num_points)
+    value, _, _, locations, weights = inputs[:5]
+    if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
+        result: Tensor = _MSDeformAttn.apply(*inputs, _METHODS[method])  # type: ignore[no-untyped-call]
+        return result
+    return _forward(*inputs, _METHODS[method])
+
+
+def ms_deform_attn_gradients(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    level_start_index: Tensor | None = None,
+    num_points: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of bilinear :func:`ms_deform_attn` by explicit call, for code that has an autograd function of its own around it.
+
+    Args:
+        grad_output: [B, Q, M * C], gradient of the result.
+        value: as the remaining arguments, what :func:`ms_deform_attn` was called with.
+        spatial_shapes: see `value`.
+        sampling_locations: see `value`.
+        attention_weights: see `value`.
+        level_start_index: see `value`.
+        num_points: see `value`.
+
+    Returns:
+        Gradients of value, sampling_locations and attention_weights, each with shape and dtype of its tensor.
+
+    Raises:
+        ValueError: as :func:`ms_deform_attn`.
+        TypeError: as :func:`ms_deform_attn`.
+    """
+    inputs = _inputs(value, spatial_shapes, sampling_locations, attention_weights, level_start_index, num_points)
+    grad_output = _ms_deform_checks.check_grad_output(grad_output, value, inputs[3].shape[1])
+    with torch.no_grad():
+        grad_value, grad_locations, grad_weights = _backward(grad_output, *inputs, sampling.BILINEAR, _deterministic())
+    return (
+        grad_value,
+        grad_locations.view(sampling_locations.shape).to(sampling_locations.dtype),
+        grad_weights.view(attention_weights.shape).to(attention_weights.dtype),
+    )
+
+
+def _inputs(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    level_start_index: Tensor | None,
+    num_points: Sequence[int] | None,
+) -> tuple[Any, ...]:
+    """What forward and backward of the op share, checked and in its layout; all but the method."""
+    value = _ms_deform_checks.check_value(value)
+    levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
+    locations, weights = _ms_deform_checks.check_samples(value, sampling_locations, attention_weights, levels.number, num_points, _NAMES)
+    return value, levels.shapes, levels.start, locations, weights, levels.hw, num_points
+
+
+def _deterministic() -> bool:
+    """Whether a backward must sum in a fixed order. Every backward can, so none has to warn that it does not."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def _reference(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    shapes_hw: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    method: int,
+) -> Tensor:
+    dtype = sampling.compute_dtype(value)
+    levels = sampling.make_levels(value.device, attention_weights.shape[3], spatial_shapes, level_start_index, shapes_hw, num_points)
+    locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    if method == sampling.BILINEAR:
+        out = sampling.sample_bilinear(value.to(dtype), *sampling.pixel_positions(locations, levels), weights, levels)
+    else:
+        out = sampling.sample_discrete(value.to(dtype), locations, weights, levels)
+    return out.flatten(2).to(value.dtype)
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    shapes_hw: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    method: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = sampling.compute_dtype(value)
+    levels = sampling.make_levels(value.device, attention_weights.shape[3], spatial_shapes, level_start_index, shapes_hw, num_points)
+    locations, weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    grad, wide = grad_output.to(dtype).unflatten(2, value.shape[2:]), value.to(dtype)
+    if method == sampling.BILINEAR:
+        grads = sampling.bilinear_gradients(grad, wide, *sampling.pixel_positions(locations, levels), weights, levels)
+    else:
+        grads = sampling.discrete_gradients(grad, wide, locations, weights, levels)
+    grad_locations = torch.stack((sampling.chain(grads.px, levels.width), sampling.chain(grads.py, levels.height)), -1)
+    return grads.value.to(value.dtype), grad_locations.to(sampling_locations.dtype), grads.weight.to(attention_weights.dtype)
+
+
+def _fake(value: Tensor, spatial_shapes: Any, start: Any, locations: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+    return value.new_empty((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: Any, start: Any, locations: Tensor, weights: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+_INPUT = (
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, Tensor attention_weights, "
+    "SymInt[]? shapes_hw, int[]? num_points, int method"
+)
+register(f"ms_deform_attn({_INPUT}) -> Tensor", reference=_reference, fake=_fake)
+register(
+    f"ms_deform_attn_backward(Tensor grad_output, {_INPUT}, bool deterministic) "
+    "-> (Tensor grad_value, Tensor grad_locations, Tensor grad_weights)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+_forward: Callable[..., Tensor] = torch.ops.ssod_fast.ms_deform_attn.default
+_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.ssod_fast.ms_deform_attn_backward.default
+
+
+class _MSDeformAttn(torch.autograd.Function):
+    """Saves the inputs alone and samples again in the backward; thinner per call than a registered autograd formula."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, shapes: Any, start: Any, locations: Tensor, weights: Tensor, hw: Any, num_points: Any, method: int
+    ) -> Tensor:
+        ctx.save_for_backward(value, shapes, start, locations, weights)
+        ctx.options = hw, num_points, method
+        return _forward(value, shapes, start, locations, weights, hw, num_points, method)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        value, shapes, start, locations, weights = ctx.saved_tensors
+        grads: Any = _backward(grad.contiguous(), value, shapes, start, locations, weights, *ctx.options, _deterministic())
+        if torch.is_grad_enabled():  # somebody will differentiate again
+            grads = _boxes.once("ms_deform_attn", (grad, value, locations, weights), grads)
+        grad_value, grad_locations, grad_weights = grads
+        return grad_value, None, None, grad_locations, grad_weights, None, None, None
