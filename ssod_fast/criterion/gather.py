@@ -89,37 +89,55 @@ def query_index(matches: Matches) -> Tensor:
     return torch.where(matches.matched, index, matches.batch * matches.queries)
 
 
+def entry_index(matches: Matches, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the logit of each target's class lies among the B * Q * C of its layer.
+
+    Args:
+        matches: of L layers.
+        classes: int64 [G], a column per target; columns outside of 0 .. C - 1 count as unmatched.
+        count: C.
+
+    Returns:
+        int64 [L, E, G], B * Q * C where there is none; and bool [L, E, G], where there is one.
+    """
+    found = matches.matched & (classes >= 0) & (classes < count)
+    index = query_index(matches) * count + classes
+    return torch.where(found, index, matches.batch * matches.queries * count), found
+
+
 def gather_logits(logits: Tensor, matches: Matches, classes: Tensor) -> tuple[Tensor, Tensor]:
     """One logit of each matched query.
 
     Args:
         logits: [L, B, Q, C].
         matches: of L layers.
-        classes: int64 [G], a column per target; columns outside of 0 .. C - 1 count as unmatched.
+        classes: int64 [G], see :func:`entry_index`.
 
     Returns:
         [L, E, G] logits, 0 where there is none, and bool [L, E, G], where there is one.
     """
-    count = logits.shape[-1]
-    found = matches.matched & (classes >= 0) & (classes < count)
-    index = query_index(matches) * count + classes
-    index = torch.where(found, index, logits[0].numel() if logits.shape[0] else 0)
+    index, found = entry_index(matches, classes, logits.shape[-1])
     values: Tensor = _Take.apply(logits.flatten(1).unsqueeze(-1), index.flatten(1))  # type: ignore[no-untyped-call]
     return values.view(matches.query.shape), found
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows [L, M, D] of [L, N, D] by index [L, M], where the index N means a row of zeros."""
+    count = values.shape[1]
+    if not count:
+        return values.new_zeros(*index.shape, values.shape[2])
+    rows = values.gather(1, index.clamp(max=count - 1).unsqueeze(-1).expand(-1, -1, values.shape[2]))
+    return torch.where((index < count).unsqueeze(-1), rows, 0)
+
+
 class _Take(torch.autograd.Function):
-    """Rows [L, M, D] of [L, N, D] by index [L, M], where the index N means a row of zeros and no other occurs twice."""
+    """:func:`take` for an index in which nothing but N occurs twice."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.count = values.shape[1]
-        if not values.shape[1]:
-            return values.new_zeros(*index.shape, values.shape[2])
-        found = (index < values.shape[1]).unsqueeze(-1)
-        rows = values.gather(1, index.clamp(max=values.shape[1] - 1).unsqueeze(-1).expand(-1, -1, values.shape[2]))
-        return torch.where(found, rows, 0)
+        return take(values, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

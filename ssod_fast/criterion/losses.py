@@ -17,7 +17,7 @@ from ..ops._matches import Matches
 from ..ops.box_iou import Format, Mode
 from ..ops.packed_targets import AnyTargets, PackedTargets
 from ..ops.paired_box_iou import paired_box_iou
-from .gather import gather_logits, gather_matched, layers_of, normalizer, packed_for
+from .gather import entry_index, gather_logits, gather_matched, layers_of, normalizer, packed_for, take
 
 
 class BoxLosses(NamedTuple):
@@ -75,10 +75,9 @@ def matched_focal_loss(
         TypeError: for logits of another type.
     """
     pairs = _Pairs.of(targets, matches, norm)
-    logits = layers_of("logits", logits, matches)
-    x, found = pairs.logits(logits)
+    x, found, background = pairs.class_terms(logits, gamma)
     change = alpha * _modulated(-x, gamma) - (1 - alpha) * _modulated(x, gamma)
-    return pairs.total(change, found, (1 - alpha) * _background_sum(logits, gamma, False))
+    return pairs.total(change, found, (1 - alpha) * background)
 
 
 def matched_vfl_loss(
@@ -112,11 +111,10 @@ def matched_vfl_loss(
         TypeError: for predictions of another type.
     """
     pairs = _Pairs.of(targets, matches, norm)
-    logits = layers_of("logits", logits, matches)
-    x, found = pairs.logits(logits)
+    x, found, background = pairs.class_terms(logits, gamma, detach=True)
     quality = pairs.iou(boxes, fmt)
     change = quality * _bce(x, quality) - alpha * _modulated(x, gamma, detach=True)
-    return pairs.total(change, found, alpha * _background_sum(logits, gamma, True))
+    return pairs.total(change, found, alpha * background)
 
 
 def matched_mal_loss(
@@ -151,10 +149,9 @@ def matched_mal_loss(
     """
     factor = 1.0 if alpha is None else alpha
     pairs = _Pairs.of(targets, matches, norm)
-    logits = layers_of("logits", logits, matches)
-    x, found = pairs.logits(logits)
+    x, found, background = pairs.class_terms(logits, gamma, detach=True)
     change = _bce(x, pairs.iou(boxes, fmt) ** gamma) - factor * _modulated(x, gamma, detach=True)
-    return pairs.total(change, found, factor * _background_sum(logits, gamma, True))
+    return pairs.total(change, found, factor * background)
 
 
 _LEAST_QUALITY = 0.01
@@ -194,11 +191,10 @@ def matched_ia_bce_loss(
         TypeError: for predictions of another type.
     """
     pairs = _Pairs.of(targets, matches, norm)
-    logits = layers_of("logits", logits, matches)
-    x, found = pairs.logits(logits)
+    x, found, background = pairs.class_terms(logits, gamma)
     quality = x.detach().sigmoid() ** alpha * pairs.iou(boxes, fmt) ** (1 - alpha)
     change = _bce(x, quality.clamp(min=_LEAST_QUALITY)) - _modulated(x, gamma)
-    return pairs.total(change, found, _background_sum(logits, gamma, False))
+    return pairs.total(change, found, background)
 
 
 def matched_ce_loss(logits: Tensor, targets: AnyTargets, matches: Matches, *, eos_coef: float = 0.1) -> Tensor:
@@ -220,7 +216,7 @@ def matched_ce_loss(logits: Tensor, targets: AnyTargets, matches: Matches, *, eo
     pairs = _Pairs.of(targets, matches, 1.0)
     log_p = F.log_softmax(_wide(layers_of("logits", logits, matches)), -1)
     last = log_p.shape[-1] - 1
-    on_target, found = pairs.logits(log_p)
+    on_target, found = gather_logits(log_p, matches, pairs.targets.labels)
     on_background, _ = gather_logits(log_p, matches, torch.full_like(pairs.targets.labels, last))
     loss = pairs.total(eos_coef * on_background - on_target, found, -eos_coef * log_p[..., last].flatten(1).sum(1))
     weights = pairs.total(torch.full_like(on_target, 1 - eos_coef), found, eos_coef * (log_p.shape[1] * log_p.shape[2]))
@@ -249,10 +245,12 @@ class _Pairs(NamedTuple):
         predicted, wanted = self.boxes(boxes.detach())
         return paired_box_iou(predicted, wanted, fmt=fmt)
 
-    def logits(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logit of the target's class [L, E, G], and where there is one."""
-        values, found = gather_logits(logits, self.matches, self.targets.labels)
-        return _wide(values), found
+    def class_terms(self, logits: Tensor, gamma: float, detach: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Logit of the target's class [L, E, G], where there is one, and the sum of :func:`_modulated` over all logits [L]."""
+        logits = layers_of("logits", logits, self.matches)
+        index, found = entry_index(self.matches, self.targets.labels, logits.shape[-1])
+        values, background = _ClassTerms.apply(logits, index.flatten(1), gamma, detach)  # type: ignore[no-untyped-call]
+        return values.view(found.shape), found, background
 
     def total(self, values: Tensor, found: Tensor | None = None, rest: Tensor | float = 0.0) -> Tensor:
         """(Weighted sum of the pairs + rest) / norm, [L]."""
@@ -263,7 +261,8 @@ class _Pairs(NamedTuple):
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    # Not float() for all: as the output of a traced autograd.Function, a conversion that changes nothing loses its gradient.
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def _bce(x: Tensor, target: Tensor) -> Tensor:
@@ -277,26 +276,37 @@ def _modulated(x: Tensor, gamma: float, detach: bool = False) -> Tensor:
     return p**gamma * F.softplus(x)
 
 
-def _background_sum(logits: Tensor, gamma: float, detach: bool) -> Tensor:
-    """Sum of :func:`_modulated` per layer, [L]."""
-    result: Tensor = _BackgroundSum.apply(logits, gamma, detach)  # type: ignore[no-untyped-call]
-    return result
+class _ClassTerms(torch.autograd.Function):
+    """The logits of the pairs [L, M] and the sum of :func:`_modulated` over all logits [L].
 
-
-class _BackgroundSum(torch.autograd.Function):
-    """Keeps the logits alone for the backward pass, where autograd would keep five tensors of their size."""
+    Together they need one gradient of the size of the logits, and of the forward pass the logits alone, where autograd would keep five
+    tensors of that size.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, gamma: float, detach: bool) -> Tensor:
-        ctx.save_for_backward(logits)
+    def forward(ctx: Any, logits: Tensor, index: Tensor, gamma: float, detach: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, index)
         ctx.gamma, ctx.detach = gamma, detach
-        return _modulated(_wide(logits), gamma).flatten(1).sum(1)
+        values = take(logits.flatten(1).unsqueeze(-1), index).squeeze(-1)
+        return _wide(values), _modulated(_wide(logits), gamma).flatten(1).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (logits,) = ctx.saved_tensors
-        x = _wide(logits)
+    def backward(ctx: Any, of_pairs: Tensor, of_sum: Tensor) -> Any:
+        logits, index = ctx.saved_tensors
+        x = _wide(logits).flatten(1)
         p = x.sigmoid()
-        slope = p if ctx.detach else p + ctx.gamma * (1 - p) * F.softplus(x)
-        slope = p**ctx.gamma * slope * grad.view(-1, 1, 1, 1)
-        return slope.to(logits.dtype), None, None
+        slope = p if ctx.detach else torch.addcmul(p, 1 - p, F.softplus(x), value=ctx.gamma)
+        dense = _add_entries(p**ctx.gamma * slope * of_sum.unsqueeze(1), index, of_pairs)
+        return dense.view(logits.shape).to(logits.dtype), None, None, None
+
+
+def _add_entries(dense: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Adds values [L, M] to [L, N] at index [L, M], where the index N is nowhere; each entry is met once, so no order matters."""
+    layers, count = dense.shape
+    if not count:
+        return dense
+    found = index < count
+    start = torch.arange(layers, device=index.device).unsqueeze(1) * count
+    place = torch.where(found, index, 0) + start
+    # One dimension, for which CUDA has a deterministic form.
+    return dense.flatten().scatter_add(0, place.flatten(), torch.where(found, values, 0).flatten())

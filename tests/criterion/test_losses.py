@@ -247,9 +247,11 @@ def test_no_sync(name: str) -> None:
         call(name, logits, boxes, packed, matches).sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
-def test_compile(name: str) -> None:
+def test_compile(name: str, dtype: torch.dtype) -> None:
     logits, boxes, targets, matches = random_case()
+    logits, boxes = logits.to(dtype), boxes.to(dtype)
     packed = weigh(targets, torch.rand(8))
     x = boxes.requires_grad_() if name == "box" else logits.requires_grad_()
     loss = lambda a, b: call(name, a, b, packed, matches)  # noqa: E731
