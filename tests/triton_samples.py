@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,14 @@ def assert_same(actual: Tensor, expected: Tensor, rule: Rule | None = None) -> N
     exact = DEVICE.type == "cpu" and (rule is None or rule.mode != CIOU)
     tolerance = 0.0 if exact or not actual.dtype.is_floating_point else 8 * torch.finfo(actual.dtype).eps
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def assert_as_implemented(actual: Tensor | tuple[Tensor, ...], reference: Any, op: Any, arguments: tuple[Any, ...], ulps: int = 16) -> None:
+    """The outputs of a launcher are those of the reference and, on the CPU, those of the op, that is of its C++ kernel."""
+    for implementation in (reference, op) if DEVICE.type == "cpu" else (reference,):
+        expected = implementation(*arguments)
+        for got, want in zip(*((t,) if isinstance(t, Tensor) else t for t in (actual, expected)), strict=True):
+            assert_close(got, want, ulps)
 
 
 def assert_gradient(actual: Tensor, expected: Tensor) -> None:

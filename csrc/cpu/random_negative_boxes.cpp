@@ -35,7 +35,8 @@ class Blocks {
   int64_t stride() const { return stride_; }
 
   void set(int64_t block, const Planes<T>& boxes, int64_t n) {
-    T hull[count] = {T(INFINITY), T(INFINITY), -T(INFINITY), -T(INFINITY), T(INFINITY), -T(INFINITY), T(0)};
+    // Areas in common are not negative; from 0 on, the slack is what bounds a block without any finite box.
+    T hull[count] = {T(INFINITY), T(INFINITY), -T(INFINITY), -T(INFINITY), T(INFINITY), T(0), T(0)};
     for (int64_t i = 0; i < n; ++i) {
       hull[x1] = lower(boxes.x1[i], hull[x1]);
       hull[y1] = lower(boxes.y1[i], hull[y1]);

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from triton_samples import DEVICE, assert_close, assert_gradient, nasty_boxes, real_boxes
+from triton_samples import DEVICE, assert_as_implemented, nasty_boxes, real_boxes
 
 from ssod_fast.kernels import box_deltas as kernels
 
@@ -23,15 +23,15 @@ def deltas(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Te
 
 def compare(proposals: Tensor, targets: Tensor, offsets: Tensor, grad: Tensor) -> None:
     """Both ops and both backward ops on inputs of one shape."""
-    assert_close(kernels.encode_boxes(proposals, targets, *STD), reference._reference_encode(proposals, targets, *STD))
-    assert_close(kernels.decode_boxes(proposals, offsets, *STD, CLAMP), reference._reference_decode(proposals, offsets, *STD, CLAMP))
-    needs = (True, True)
-    actual = kernels.encode_boxes_backward(grad, proposals, targets, *STD, *needs)
-    wanted = reference._reference_encode_backward(grad, proposals, targets, *STD, *needs)
-    actual += kernels.decode_boxes_backward(grad, proposals, offsets, *STD, CLAMP, *needs)
-    wanted += reference._reference_decode_backward(grad, proposals, offsets, *STD, CLAMP, *needs)
-    for got, want in zip(actual, wanted, strict=True):
-        assert_gradient(got, want)
+    encoding, decoding = (proposals, targets, *STD), (proposals, offsets, *STD, CLAMP)
+    assert_as_implemented(kernels.encode_boxes(*encoding), reference._reference_encode, reference._encode, encoding)
+    assert_as_implemented(kernels.decode_boxes(*decoding), reference._reference_decode, reference._decode, decoding)
+    backward = (grad, *encoding, True, True)
+    actual = kernels.encode_boxes_backward(*backward)
+    assert_as_implemented(actual, reference._reference_encode_backward, reference._encode_backward, backward, ulps=32)
+    backward = (grad, *decoding, True, True)
+    actual = kernels.decode_boxes_backward(*backward)
+    assert_as_implemented(actual, reference._reference_decode_backward, reference._decode_backward, backward, ulps=32)
 
 
 def test_golden() -> None:
@@ -54,10 +54,9 @@ def test_degenerate_and_infinite_boxes() -> None:
     offsets = deltas(60)
     offsets[3, 2], offsets[5, 3], offsets[7, 0], offsets[9, 2] = math.nan, math.inf, math.nan, -math.inf
     proposals, targets = nasty_boxes(60), nasty_boxes(60, seed=1)
-    actual = kernels.encode_boxes(proposals, targets, *STD)
-    assert_close(actual, reference._reference_encode(proposals, targets, *STD))
-    actual = kernels.decode_boxes(proposals, offsets, *STD, CLAMP)
-    assert_close(actual, reference._reference_decode(proposals, offsets, *STD, CLAMP))
+    encoding, decoding = (proposals, targets, *STD), (proposals, offsets, *STD, CLAMP)
+    assert_as_implemented(kernels.encode_boxes(*encoding), reference._reference_encode, reference._encode, encoding)
+    assert_as_implemented(kernels.decode_boxes(*decoding), reference._reference_decode, reference._decode, decoding)
     finite = nasty_boxes(60, finite=True), nasty_boxes(60, seed=1, finite=True)
     assert bool(kernels.encode_boxes(*finite, *STD).isfinite().all())
     compare(*finite, deltas(60), deltas(60, seed=3))

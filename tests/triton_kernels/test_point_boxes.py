@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from triton_samples import DEVICE, assert_close, real_boxes
+from triton_samples import DEVICE, assert_as_implemented, real_boxes
 
 from ssod_fast.kernels import point_boxes as kernels
 from ssod_fast.ops.point_boxes import CUTS
@@ -26,8 +26,7 @@ def points(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def compare(points: Tensor, index: Tensor | None, offsets: Tensor | None, cut: int) -> None:
     size = torch.tensor([[90, 100], [110, 60]], dtype=points.dtype, device=DEVICE)
     arguments = (points, index, offsets, size, SCALES, RATIOS, cut, 0.7)
-    for got, expected in zip(kernels.point_boxes(*arguments), reference._reference(*arguments), strict=True):
-        assert_close(got, expected)
+    assert_as_implemented(kernels.point_boxes(*arguments), reference._reference, reference._op, arguments)
 
 
 def test_golden() -> None:
