@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpu/shortest_paths.h"
+#include "cpu/row_reduction.h"
 #include "matching_cost.h"
 
 namespace ssod {
@@ -54,16 +54,6 @@ void transpose(const CostRows<From>& rows, To* out, const F& value) {
       }
     }
   }
-}
-
-template <typename T>
-bool finite_rows(const CostRows<T>& rows) {
-  for (int64_t i = 0; i < rows.distinct; ++i) {
-    if (!row_minimum(rows.row(i), rows.columns).finite) {
-      return false;
-    }
-  }
-  return true;
 }
 
 // What an invalid entry costs: so much that as few as possible are taken. The margin of 1 would vanish beside 1e30.
@@ -119,13 +109,10 @@ struct RowStarts {
   }
 };
 
-// Column of each row in state.column_of; false if an entry is not finite.
+// Adds row after row: the assignment that scipy finds.
 template <typename T>
-bool solve_rows(const CostRows<T>& rows, const int64_t* keys, AssignmentWorkspace& workspace, PathState& state) {
-  ShortestPaths<T>::prepare(rows, workspace, state);
+bool solve_in_order(const CostRows<T>& rows, RowStarts<T>& starts, PathState& state) {
   ShortestPaths<T> paths(rows, state);
-  RowStarts<T> starts{rows, keys, workspace.take<int64_t>(rows.distinct)};
-  std::fill_n(starts.known, rows.distinct, int64_t{-1});
   for (int64_t row = 0, n = rows.rows(); row < n; ++row) {
     const int64_t distinct = rows.distinct_of(row);
     int64_t column;
@@ -141,6 +128,43 @@ bool solve_rows(const CostRows<T>& rows, const int64_t* keys, AssignmentWorkspac
   return true;
 }
 
+// Takes all free minima first and lets rows bid for columns, before paths are searched for the few rows that are left.
+template <typename T>
+bool solve_by_bids(const CostRows<T>& rows, RowStarts<T>& starts, PathState& state) {
+  ShortestPaths<T> paths(rows, state);
+  std::vector<int64_t> free_rows;
+  for (int64_t row = 0, n = rows.rows(); row < n; ++row) {
+    const int64_t distinct = rows.distinct_of(row);
+    int64_t column;
+    if (!starts.find(distinct, column)) {
+      return false;
+    }
+    if (state.row_of[column] < 0) {
+      paths.assign(row, column, static_cast<double>(rows.row(distinct)[column]));
+    } else {
+      free_rows.push_back(row);
+    }
+  }
+  if (!free_rows.empty()) {
+    RowReduction<T>(rows, state, paths).run(free_rows);
+  }
+  for (const int64_t row : free_rows) {
+    paths.augment(row);
+  }
+  return true;
+}
+
+// Column of each row in state.column_of; false if an entry is not finite. Bids pay where rows nearly fill the columns.
+template <typename T>
+bool solve_rows(const CostRows<T>& rows, const int64_t* keys, bool any_ties, AssignmentWorkspace& workspace,
+                PathState& state) {
+  ShortestPaths<T>::prepare(rows, workspace, state);
+  RowStarts<T> starts{rows, keys, workspace.take<int64_t>(rows.distinct)};
+  std::fill_n(starts.known, rows.distinct, int64_t{-1});
+  const bool bids = any_ties && 2 * rows.rows() > rows.columns;
+  return bids ? solve_by_bids(rows, starts, state) : solve_in_order(rows, starts, state);
+}
+
 // The problem in the solver's terms.
 template <typename T>
 struct Task {
@@ -153,11 +177,11 @@ struct Task {
 
   bool solve() {
     if (!swapped) {
-      return solve_rows(targets, problem.keys, workspace, state);
+      return solve_rows(targets, problem.keys, rule.any_ties, workspace, state);
     }
     T* matrix = workspace.template take<T>(problem.queries * targets.rows());
     transpose(targets, matrix, [](T x) { return x; });
-    return solve_rows(queries_of(matrix), nullptr, workspace, state);
+    return solve_rows(queries_of(matrix), nullptr, rule.any_ties, workspace, state);
   }
 
   // With a price for entries that are not finite.
@@ -167,7 +191,7 @@ struct Task {
     double* matrix = workspace.template take<double>(problem.queries * targets.rows());
     if (swapped) {
       transpose(targets, matrix, filled);
-      solve_rows(queries_of(matrix), nullptr, workspace, state);
+      solve_rows(queries_of(matrix), nullptr, rule.any_ties, workspace, state);
       return;
     }
     for (int64_t i = 0; i < targets.distinct; ++i) {
@@ -175,7 +199,7 @@ struct Task {
     }
     const CostRows<double> rows{matrix,       problem.queries, problem.targets,
                                 rule.repeats, problem.queries, rule.interleave};
-    solve_rows(rows, nullptr, workspace, state);
+    solve_rows(rows, nullptr, rule.any_ties, workspace, state);
   }
 
   // The query of a copy of a target, or -1.

@@ -76,7 +76,7 @@ struct PathState {
     int64_t column, place, moved;
     double length;
   };
-  std::vector<Reached> reached;  // assigned columns on the way of one search
+  Reached* reached;  // assigned columns on the way of one search
 };
 
 constexpr int64_t kPathLanes = Wide<double>::kLanes;
@@ -201,24 +201,38 @@ class ShortestPaths {
     s.rank = workspace.take<int64_t>(padded);
     s.at = workspace.take<int64_t>(padded);
     s.block_low = workspace.take<double>((kPathBlocks + 1) * kPathLanes);
+    s.reached = workspace.take<PathState::Reached>(costs.columns);
     std::fill_n(s.u, rows, 0.0);
     std::fill_n(s.column_of, rows, int64_t{-1});
-    std::fill_n(s.v, padded, 0.0);
     std::fill_n(s.row_of, padded, int64_t{-1});
-    for (int64_t place = 0; place < padded; ++place) {
-      s.rank[place] = place - costs.columns;  // rank_of(true, columns - 1 - column)
-      s.at[place] = costs.columns - 1 - place;
+  }
+
+  // Fills in what searches need, before the first of them: many problems need none.
+  void begin() {
+    begun_ = true;
+    std::fill_n(s_.v, vectors_ * kPathLanes, 0.0);
+    for (int64_t column = 0; column < vectors_ * kPathLanes; ++column) {
+      const int64_t place = costs_.columns - 1 - column;
+      s_.rank[column] = rank_of(s_.row_of[column] < 0, place);
+      s_.at[column] = place;  // places and columns are each other's mirror
     }
   }
 
   // Assigns a row to a free column that has its minimum.
   void assign(int64_t row, int64_t column, double minimum) {
     s_.u[row] = minimum;
-    link(row, column);
+    s_.row_of[column] = row;
+    s_.column_of[row] = column;
+    if (begun_) {
+      s_.rank[column] = rank_of(false, costs_.columns - 1 - column);
+    }
   }
 
   // Assigns a row along a shortest path. False if there is none, which only an overflow can cause.
   bool augment(int64_t start) {
+    if (!begun_) {
+      begin();
+    }
     double distance = 0;
     const int64_t end = search(start, distance);
     if (end >= 0) {
@@ -229,13 +243,14 @@ class ShortestPaths {
     return end >= 0;
   }
 
- private:
+  // Makes them each other's, once searches have begun.
   void link(int64_t row, int64_t column) {
     s_.row_of[column] = row;
     s_.column_of[row] = column;
     s_.rank[column] = rank_of(false, costs_.columns - 1 - column);
   }
 
+ private:
   template <bool first>
   double relax_row(int64_t row, double distance) {
     const Relaxation<T> r{costs_.row(costs_.distinct_of(row)),
@@ -267,8 +282,8 @@ class ShortestPaths {
 
   // Takes a column off the list: the last one moves to its place.
   void reach(int64_t column, int64_t place, double length) {
-    const int64_t last = costs_.columns - 1 - static_cast<int64_t>(s_.reached.size()), moved = s_.at[last];
-    s_.reached.push_back({column, place, moved, length});
+    const int64_t last = costs_.columns - 1 - reached_, moved = s_.at[last];
+    s_.reached[reached_++] = {column, place, moved, length};
     s_.length[column] = NAN;
     s_.at[place] = moved;
     s_.rank[moved] = rank_of(s_.row_of[moved] < 0, place);
@@ -277,7 +292,8 @@ class ShortestPaths {
   // Prices with which the edges of the new path cost nothing.
   void update(int64_t start, double distance) {
     s_.u[start] += distance;
-    for (const PathState::Reached& r : s_.reached) {
+    for (int64_t i = 0; i < reached_; ++i) {
+      const PathState::Reached& r = s_.reached[i];
       s_.u[s_.row_of[r.column]] += distance - r.length;
       s_.v[r.column] -= distance - r.length;
     }
@@ -295,15 +311,18 @@ class ShortestPaths {
 
   // The list of columns as it is at the start of a search.
   void restore() {
-    for (const PathState::Reached& r : s_.reached) {
+    for (int64_t i = 0; i < reached_; ++i) {
+      const PathState::Reached& r = s_.reached[i];
       s_.at[r.place] = costs_.columns - 1 - r.place;
       s_.rank[r.moved] = rank_of(s_.row_of[r.moved] < 0, costs_.columns - 1 - r.moved);
     }
-    s_.reached.clear();
+    reached_ = 0;
   }
 
   CostRows<T> costs_;
   PathState& s_;
+  bool begun_ = false;
+  int64_t reached_ = 0;
   int64_t vectors_ = vectors_of(costs_.columns);
   int64_t block_size_ = std::max(kPathBlockSize, (vectors_ + kPathBlocks - 1) / kPathBlocks);
 };

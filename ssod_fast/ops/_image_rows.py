@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,9 +59,9 @@ def check_offsets(name: str, offsets: Tensor, batch: int, rows: int, device: tor
     """Offsets [batch + 1] into `rows` rows as contiguous int64, checked as far as that costs no synchronisation."""
     check_integers(name, offsets, (batch + 1,), device)
     if readable(offsets):
-        values: list[int] = offsets.numpy().tolist()
-        if values[0] != 0 or values[-1] != rows or any(a > b for a, b in pairwise(values)):
-            raise ValueError(f"{name} must rise from 0 to the number of rows ({rows}), got {values}")
+        values = offsets.numpy()
+        if values[0] != 0 or values[-1] != rows or (values[1:] < values[:-1]).any():
+            raise ValueError(f"{name} must rise from 0 to the number of rows ({rows}), got {values.tolist()}")
     return as_int64(offsets)
 
 

@@ -137,6 +137,8 @@ class _Rows(NamedTuple):
     def image(self) -> Tensor:
         """The image of each row, int64 [G]."""
         total, last = self.cost.shape[1], max(self.batch - 1, 0)
+        if self.offsets is not None and readable(self.offsets):  # several times faster than on tensors
+            return torch.from_numpy(np.repeat(np.arange(self.batch), np.diff(self.offsets.numpy())))
         row = torch.arange(total, device=self.cost.device)
         if self.offsets is None:
             return row // max(total // max(self.batch, 1), 1)
