@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -156,10 +157,13 @@ SSOD_CLONES static void classify(const double* y, int64_t n, const GmmDensity& d
 class Workspace {
  public:
   void reserve(int64_t samples) {
-    const size_t padded = static_cast<size_t>((samples + kLanes - 1) / kLanes * kLanes);
-    if (x_.size() < padded) {
-      for (auto* column : {&x_, &y_, &top_, &odds_, &e_}) {
-        column->resize(padded);
+    const int64_t padded = (samples + kLanes - 1) / kLanes * kLanes;
+    if (padded > capacity_) {
+      capacity_ = padded;
+      memory_.reset(new double[5 * padded]);  // not initialised
+      double** columns[] = {&x_, &y_, &top_, &odds_, &e_};
+      for (int k = 0; k < 5; ++k) {
+        *columns[k] = memory_.get() + k * padded;
       }
     }
   }
@@ -171,11 +175,11 @@ class Workspace {
     n_ = 0;
     for (int64_t i = 0; i < count; ++i) {
       const double x = sign * static_cast<double>(values[i]);
-      if (is_finite(x)) {
-        x_[n_++] = x;
-        least = x < least ? x : least;
-        largest = x > largest ? x : largest;
-      }
+      const bool used = is_finite(x);
+      x_[n_] = x;  // without a branch: the next sample overwrites one that takes no part
+      n_ += used;
+      least = used && x < least ? x : least;
+      largest = used && x > largest ? x : largest;
     }
     const GmmFit fit = gmm_start(least, largest, static_cast<double>(n_));
     for (int64_t i = 0; i < n_; ++i) {
@@ -187,10 +191,10 @@ class Workspace {
     return fit;
   }
 
-  void fit(const GmmOptions& options, GmmFit& fit) const { fit_samples(y_.data(), n_, options, fit); }
+  void fit(const GmmOptions& options, GmmFit& fit) const { fit_samples(y_, n_, options, fit); }
 
   double threshold(const GmmFit& fit, GmmRule rule) {
-    classify(y_.data(), n_, gmm_density(fit), top_.data(), odds_.data(), e_.data());
+    classify(y_, n_, gmm_density(fit), top_, odds_, e_);
     return rule == GmmRule::density ? densest() : outermost(fit);
   }
 
@@ -202,12 +206,13 @@ class Workspace {
     }
     double bound = -gmm_infinity();
     for (int64_t i = 0; i < n_; ++i) {
-      bound = candidate(i, first_exists) && top_[i] > bound ? top_[i] : bound;
+      const double top = candidate(i, first_exists) ? top_[i] : -gmm_infinity();
+      bound = top > bound ? top : bound;
     }
-    bound -= 0.7;  // log1p(e) is at most 0.694: whatever lies lower cannot be the densest
+    bound -= 1e-9 * (1 + std::fabs(bound));
     GmmCandidate best = no_candidate();
     for (int64_t i = 0; i < n_; ++i) {
-      if (candidate(i, first_exists) && !(top_[i] < bound)) {
+      if (candidate(i, first_exists) && !(top_[i] + e_[i] < bound)) {  // log1p(e) is at most e
         const double density = top_[i] + std::log1p(e_[i]);
         best = better(best, {density == density ? density : -gmm_infinity(), x_[i]});
       }
@@ -227,8 +232,9 @@ class Workspace {
     return largest > -gmm_infinity() ? largest : fit.origin;
   }
 
-  std::vector<double> x_, y_, top_, odds_, e_;
-  int64_t n_ = 0;
+  std::unique_ptr<double[]> memory_;
+  double *x_ = nullptr, *y_ = nullptr, *top_ = nullptr, *odds_ = nullptr, *e_ = nullptr;
+  int64_t capacity_ = 0, n_ = 0;
 };
 
 template <typename T>
@@ -246,7 +252,7 @@ void solve(Workspace& workspace, const T* values, const RowRange& range, int64_t
   out.store(problem, fit, options);
   for (int64_t i = range.begin; i < range.begin + range.size; ++i) {
     const bool good = options.reverse ? values[i] >= limit : values[i] <= limit;
-    out.keep[i] = good && is_finite(values[i]) && fit.count > 0;
+    out.keep[i] = good & is_finite(values[i]);  // without samples none is finite
   }
 }
 
