@@ -53,7 +53,7 @@ SSOD_HD To same_bits(From value) {
   return result;
 }
 
-// e^x for x <= 0, to 1 ulp; 0 where the result is not a normal number. NaN stays NaN.
+// e^x for x <= 0, to 2 units in the last place; 0 where the result is not a normal number. NaN stays NaN.
 SSOD_HD double exp_down(double x) { return std::exp(x); }
 
 SSOD_HD float exp_down(float x) {
@@ -65,12 +65,11 @@ SSOD_HD float exp_down(float x) {
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 0.5f;
+  float y = 1.3814613217e-3f;  // minimax, 3e-9 relative
+  y = y * r + 8.3687099589e-3f;
+  y = y * r + 4.1668387372e-2f;
+  y = y * r + 1.6666520689e-1f;
+  y = y * r + 4.9999993452e-1f;
   y = (y * (r * r) + r) + 1.0f;
   const float scaled = same_bits<float>(same_bits<uint32_t>(y) + (same_bits<uint32_t>(shifted) << 23));
   const float result = x < -87.0f ? 0.0f : scaled;
@@ -78,30 +77,43 @@ SSOD_HD float exp_down(float x) {
 #endif
 }
 
-// ln x for positive normal x, to 1 ulp; anything for other x.
+// ln x for positive normal x, to 1.3e-7 absolute below 1 and relative above; anything for other x.
 SSOD_HD double log_normal(double x) { return std::log(x); }
 
 SSOD_HD float log_normal(float x) {
 #ifdef __CUDA_ARCH__
   return logf(x);
 #else
-  // x = 2^k m with m in [sqrt(1/2), sqrt(2)).
+  // x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
   constexpr int32_t kHalfRoot = 0x3f3504f3;
   const int32_t bits = same_bits<int32_t>(x) - kHalfRoot;
   const float k = static_cast<float>(bits >> 23);
   const float f = same_bits<float>((bits & 0x007fffff) + kHalfRoot) - 1.0f;
-  const float square = f * f;
-  float y = 7.0376836292e-2f;
-  y = y * f - 1.1514610310e-1f;
-  y = y * f + 1.1676998740e-1f;
-  y = y * f - 1.2420140846e-1f;
-  y = y * f + 1.4249322787e-1f;
-  y = y * f - 1.6668057665e-1f;
-  y = y * f + 2.0000714765e-1f;
-  y = y * f - 2.4999993993e-1f;
-  y = y * f + 3.3333331174e-1f;
-  y = ((y * f) * square - k * 2.12194440e-4f) - 0.5f * square;
-  return (f + y) + k * 0.693359375f;
+  float y = -1.0221688475e-1f;  // minimax, 6e-8 absolute
+  y = y * f + 1.6140578418e-1f;
+  y = y * f - 1.7167320470e-1f;
+  y = y * f + 1.9910311394e-1f;
+  y = y * f - 2.4980557123e-1f;
+  y = y * f + 3.3334689209e-1f;
+  return (f + (f * f) * (y * f - 0.5f)) + k * 0.693147181f;
+#endif
+}
+
+// The same for x in [0.5, 1.01], where there is no exponent to take off.
+SSOD_HD double log_near_one(double x) { return std::log(x); }
+
+SSOD_HD float log_near_one(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  const float f = x - 1.0f;
+  float y = -1.2536402704f;  // minimax, 6e-8 absolute
+  y = y * f - 1.1863514639f;
+  y = y * f - 8.4156491720e-1f;
+  y = y * f + 2.7450250732e-2f;
+  y = y * f - 2.7157746813e-1f;
+  y = y * f + 3.3230076623e-1f;
+  return f + (f * f) * (y * f - 0.5f);
 #endif
 }
 
@@ -118,25 +130,27 @@ SSOD_HD T focal_power(T x, T gamma) {
 
 // Class term of the focal modes for logit x (Lin et al. 2017, as a cost: positive minus negative part).
 //
-// The smaller of p and 1 - p is computed and the larger is its complement, so that p is rounded once.
+// The smaller of p and 1 - p is computed and the larger is its complement, so that p is rounded once. `low` is then 1 -
+// p of the rounded p where p is the larger, and p where it is the smaller.
 template <ClassMode mode, bool square, typename T>
 SSOD_HD T focal_cost(T x, const CostRule<T>& rule) {
-  const T size = x < T(0) ? -x : x;
+  const bool likely = x >= T(0);
+  const T size = std::abs(x);
   const T e = exp_down(-size);
-  const T small = e / (T(1) + e), large = T(1) - small;
-  const T p = x >= T(0) ? large : small, q = x >= T(0) ? T(1) - large : large;
-  T minus_log_p, minus_log_q;
+  const T small = e / (T(1) + e), high = T(1) - small;
+  const T low = likely ? T(1) - high : small;
+  T minus_log_high, minus_log_low;
   if constexpr (mode == ClassMode::focal) {
-    minus_log_p = -log_normal(p + rule.eps);
-    minus_log_q = -log_normal(q + rule.eps);
-  } else {  // softplus of -x and of x
-    const T both = log_normal(T(1) + e);
-    minus_log_p = positive(-x) + both;
-    minus_log_q = positive(x) + both;
+    minus_log_high = -log_near_one(high + rule.eps);
+    minus_log_low = -log_normal(low + rule.eps);
+  } else {  // softplus of -|x| and of |x|
+    minus_log_high = log_normal(T(1) + e);
+    minus_log_low = size + minus_log_high;
   }
   // A NaN logit makes both powers NaN, whatever its logarithms are.
-  return rule.alpha * (focal_power<square>(q, rule.gamma) * minus_log_p) -
-         rule.beta * (focal_power<square>(p, rule.gamma) * minus_log_q);
+  const T of_high = focal_power<square>(high, rule.gamma) * minus_log_low;
+  const T of_low = focal_power<square>(low, rule.gamma) * minus_log_high;
+  return rule.alpha * (likely ? of_low : of_high) - rule.beta * (likely ? of_high : of_low);
 }
 
 // Class term of mode "softmax" from the row's maximum and the sum of exp(x - maximum).

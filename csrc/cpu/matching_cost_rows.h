@@ -120,7 +120,7 @@ static void gather_column(const X* __restrict x, int64_t stride, int64_t n, T* _
 // Columns `labels` of logits x [n, C] as rows of `out`. A few queries at a time: their logits stay in L1.
 template <typename X, typename T>
 void gather_columns(const X* x, int64_t stride, int64_t n, const std::vector<int64_t>& labels, T* out) {
-  constexpr int64_t kQueries = 64;
+  constexpr int64_t kQueries = 16;  // a cache line of each row of `out`
   for (int64_t q = 0; q < n; q += kQueries) {
     for (size_t u = 0; u < labels.size(); ++u) {
       gather_column(x + q * stride + labels[u], stride, std::min(kQueries, n - q),

@@ -20,7 +20,7 @@ ClassMode = Literal["focal", "focal_logits", "softmax", "prob", "none"]
 CLASS_MODES = {name: i for i, name in enumerate(get_args(ClassMode))}
 FOCAL, FOCAL_LOGITS, SOFTMAX, PROB, NO_CLASS = range(5)
 UNKNOWN_KEY = torch.iinfo(torch.int64).min
-_SMALLEST_EPS = 1e-37  # a normal number in float32, so that no logarithm meets 0
+_EPS_RANGE = (1e-37, 0.01)  # normal in float32, so that no logarithm meets 0, and small beside 1
 
 
 class _Options(NamedTuple):
@@ -137,7 +137,7 @@ def matching_cost(
         class_mode: see above.
         alpha: weight of the positive part of the focal terms.
         gamma: exponent of the focal terms, >= 0.
-        eps: summand under the logarithms of "focal", at least 1e-37.
+        eps: summand under the logarithms of "focal", in 1e-37 .. 0.01.
         w_class: weight of the class term.
         w_box: weight of the L1 distance, the sum of four absolute differences in `box_format`.
         w_giou: weight of the generalised IoU.
@@ -267,12 +267,14 @@ def _computable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_numbers(numbers: dict[str, float]) -> None:
-    least = {"gamma": 0.0, "eps": _SMALLEST_EPS}
     for name, value in numbers.items():
-        low = least.get(name, -math.inf)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-            bound = f" >= {low:g}" if name in least else ""
-            raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if numbers["gamma"] < 0:
+        raise ValueError(f"gamma must be >= 0, got {numbers['gamma']!r}")
+    low, high = _EPS_RANGE
+    if not low <= numbers["eps"] <= high:
+        raise ValueError(f"eps must lie in {low:g} .. {high:g}, got {numbers['eps']!r}")
 
 
 def _check_predictions(logits: Tensor | None, boxes: Tensor, mode: int) -> tuple[Tensor, Tensor]:

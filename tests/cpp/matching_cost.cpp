@@ -132,12 +132,14 @@ Array<float> each(const Array<float>& x) {
 
 float exp_down(float x) { return ssod::exp_down(x); }
 float log_normal(float x) { return ssod::log_normal(x); }
+float log_near_one(float x) { return ssod::log_near_one(x); }
 
 }  // namespace
 
 PYBIND11_MODULE(matching_cost, m) {
   m.def("exp_down", &each<exp_down>);
   m.def("log_normal", &each<log_normal>);
+  m.def("log_near_one", &each<log_near_one>);
   m.def("matching_cost_f32", &matching_cost<float>);
   m.def("matching_cost_f64", &matching_cost<double>);
 }
