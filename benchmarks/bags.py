@@ -102,7 +102,7 @@ def official_bags(scene: Scene, ratios: Sequence[float] = COCO_RATIOS, shakes: S
 
 
 def closed_form_bags(scene: Scene, ratios: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """The best that eager tensor operations do: all boxes at once, with tables made beforehand. steps [S, 2], ratios [R * R, 2]."""
+    """The best that eager tensor operations do: all boxes at once, with tables made beforehand. ratios [R * R, 2], steps [S, 2]."""
     low, high = scene.boxes[:, None, None, :2], scene.boxes[:, None, None, 2:]
     size = (high - low) * ratios[:, None]  # [G, R * R, 1, 2]
     centre = (low + high) / 2 + size * steps
@@ -114,9 +114,7 @@ def closed_form_bags(scene: Scene, ratios: Tensor, steps: Tensor) -> tuple[Tenso
     return bags, side.prod(-1) / area > 0.7
 
 
-def closed_form_tables(
-    device: torch.device, ratios: Sequence[float] = COCO_RATIOS, shakes: Sequence[float] = COCO_SHAKES
-) -> tuple[Tensor, Tensor]:
+def closed_form_tables(device: torch.device, ratios: Sequence[float], shakes: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Ratios [R * R, 2] and steps [S, 2] for :func:`closed_form_bags`."""
     pairs = torch.tensor([(w, h) for w in ratios for h in ratios])
     steps = torch.tensor([(0.0, 0.0)] + [step for o in shakes for step in ((-o, 0.0), (o, 0.0), (0.0, -o), (0.0, o))])

@@ -34,11 +34,11 @@ struct Step {
   T rw, rh, ox, oy;
 };
 
-// Step of proposal p = (iw * R + ih) * S + s; s = 0 stays, s = 1 + 4 k + {0, 1, 2, 3} goes left, right, up, down.
+// Step s of a bag whose sides are scaled by rw and rh: s = 0 stays, s = 1 + 4 k + {0, 1, 2, 3} goes left, right, up,
+// down.
 template <typename T>
-SSOD_HD Step<T> make_step(int64_t p, const T* ratios, int64_t ratio_count, const T* shakes, int64_t shake_count) {
-  const int64_t moves = 1 + 4 * shake_count, s = p % moves, sides = p / moves;
-  Step<T> step{ratios[sides / ratio_count], ratios[sides % ratio_count], T(0), T(0)};
+SSOD_HD Step<T> make_step(T rw, T rh, int64_t s, const T* shakes) {
+  Step<T> step{rw, rh, T(0), T(0)};
   if (s > 0) {
     const T shake = shakes[(s - 1) / 4];
     const int64_t way = (s - 1) % 4;
@@ -46,6 +46,13 @@ SSOD_HD Step<T> make_step(int64_t p, const T* ratios, int64_t ratio_count, const
     step.oy = way == 2 ? -shake : (way == 3 ? shake : T(0));
   }
   return step;
+}
+
+// Step of proposal p = (iw * R + ih) * S + s.
+template <typename T>
+SSOD_HD Step<T> step_of(int64_t p, const T* ratios, int64_t ratio_count, const T* shakes, int64_t shake_count) {
+  const int64_t moves = 1 + 4 * shake_count, sides = p / moves;
+  return make_step(ratios[sides / ratio_count], ratios[sides % ratio_count], p - sides * moves, shakes);
 }
 
 // A box of a bag, its scaled sides, and what the step added to the centre.

@@ -22,7 +22,7 @@ COMMANDS = [line.split("#")[0].strip() for line in README.read_text().splitlines
 def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -45,6 +45,14 @@ def test_pseudo_labels(names: dict[str, Any]) -> None:
     assert names["pseudo_boxes"].shape == (4, 300, 4)
     assert not keep[kept.index < 0].any()
     assert (keep.sum(1) > 0).all()
+
+
+def test_bags(names: dict[str, Any]) -> None:
+    bags, negatives = names["bags"], names["negatives"]
+    assert bags.boxes.shape == bags.targets.shape == (20, 125, 4)
+    assert bags.rois.shape == (2500, 5)
+    assert torch.equal(names["refined"][:, 0], bags.boxes[:, 0])
+    assert negatives.keep.any()
 
 
 def test_images(names: dict[str, Any]) -> None:

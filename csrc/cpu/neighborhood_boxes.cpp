@@ -23,31 +23,30 @@ template <typename T>
 class StepTable {
  public:
   StepTable(const std::vector<double>& ratios, const std::vector<double>& shakes)
-      : ratios_(ratios.begin(), ratios.end()),
-        ratio_count_(static_cast<int64_t>(ratios.size())),
-        moves_(1 + 4 * static_cast<int64_t>(shakes.size())),
-        count_(ratio_count_ * ratio_count_ * moves_),
+      : count_(static_cast<int64_t>(ratios.size() * ratios.size() * (1 + 4 * shakes.size()))),
         stride_(padded(count_)),
         planes_(4 * stride_) {
-    const std::vector<T> offsets(shakes.begin(), shakes.end());
-    const int64_t shake_count = static_cast<int64_t>(shakes.size());
-    for (int64_t p = 0; p < count_; ++p) {
-      const Step<T> step = make_step(p, ratios_.data(), ratio_count_, offsets.data(), shake_count);
-      planes_[p] = step.rw;
-      planes_[stride_ + p] = step.rh;
-      planes_[2 * stride_ + p] = step.ox;
-      planes_[3 * stride_ + p] = step.oy;
+    const std::vector<T> factors(ratios.begin(), ratios.end()), offsets(shakes.begin(), shakes.end());
+    const int64_t moves = 1 + 4 * static_cast<int64_t>(shakes.size());
+    T* plane = planes_.data();
+    for (const T rw : factors) {
+      for (const T rh : factors) {
+        for (int64_t s = 0; s < moves; ++s, ++plane) {
+          const Step<T> step = make_step(rw, rh, s, offsets.data());
+          plane[0] = step.rw;
+          plane[stride_] = step.rh;
+          plane[2 * stride_] = step.ox;
+          plane[3 * stride_] = step.oy;
+        }
+      }
     }
   }
 
   int64_t count() const { return count_; }
-  const std::vector<T>& ratios() const { return ratios_; }
-  int64_t moves() const { return moves_; }
   const T* plane(int k) const { return planes_.data() + k * stride_; }
 
  private:
-  std::vector<T> ratios_;
-  int64_t ratio_count_, moves_, count_, stride_;
+  int64_t count_, stride_;
   std::vector<T> planes_;
 };
 

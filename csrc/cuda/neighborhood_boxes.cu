@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) bag_kernel(const __grid_constant__ P
     const OwnImage<T> image = p.images.of(g);
     const Source<T> source = make_source(v[0], v[1], v[2], v[3]);
     const Proposal<T> proposal =
-        propose(source, make_step(i - g * p.bag, ratios, p.ratios.count, shakes, p.shakes.count));
+        propose(source, step_of(i - g * p.bag, ratios, p.ratios.count, shakes, p.shakes.count));
     const T share = share_inside(proposal.box, image.w, image.h);
     store_box(p.out.boxes + 4 * i, proposal.box);
     p.out.valid[i] = share > p.threshold;

@@ -83,8 +83,15 @@ def neighborhood_boxes(
     check_threshold("iof_threshold", iof_threshold)
     std = [] if targets_std is None else check_std("targets_std", targets_std)
     result = _op(boxes, *rows, factors, offsets_of_centre, iof_threshold, rois, iof, iou, std, clip)
-    wanted = (True, True, rois, iof, iou, bool(std), clip)
-    return NeighborhoodBoxes(*[output if want else None for output, want in zip(result, wanted, strict=True)])  # type: ignore[arg-type]
+    return NeighborhoodBoxes(
+        result[0],
+        result[1],
+        result[2] if rois else None,
+        result[3] if iof else None,
+        result[4] if iou else None,
+        result[5] if std else None,
+        result[6] if clip else None,
+    )
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
