@@ -92,6 +92,18 @@ def test_neither_gradient_nor_autocast_matters() -> None:
     assert list(HungarianMatcher().parameters()) == []
 
 
+def test_compile() -> None:
+    outputs, targets = sample(layers=2)
+    matcher, packed = HungarianMatcher(), pack_targets(targets)
+
+    def function(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        matches = matcher.match({"logits": logits, "pred_boxes": boxes}, packed)
+        return matches.query, matches.cost
+
+    inputs = (outputs["pred_logits"].requires_grad_(), outputs["pred_boxes"])
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), function(*inputs))
+
+
 def test_classic_contract_without_a_sync() -> None:
     outputs, targets = sample()
     with no_sync():

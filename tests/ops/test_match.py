@@ -228,6 +228,31 @@ def test_status_and_invalid_options() -> None:
         match(logits, boxes, targets, invalid="raise")
 
 
+def test_labels_out_of_range_on_a_device_are_invalid_rows() -> None:
+    """The host refuses such labels where it can read them; the op meets them on a GPU and never reads beyond the logits."""
+    arguments, _ = cost_arguments(*sample((3, 2), 4, 1))
+    for label in (-1, 6, 2**40):
+        labels = arguments.labels.clone()
+        labels[1] = label
+        query, cost, status = torch.ops.ssod_fast.match.default(*arguments._replace(labels=labels), 1, 1, False, False, False)
+        assert cost.isinf().flatten().tolist() == [False, True, False, False, False]
+        assert (query >= 0).all()
+        assert status.tolist() == [[[INVALID_ENTRIES + INVALID_PAIR, 0]]]
+
+
+def test_offsets_that_lie_about_the_rows_stay_in_range() -> None:
+    """Offsets on a device are not read by the host; the op clamps them."""
+    arguments, _ = cost_arguments(*sample((3, 2), 4, 1))
+    expected = op_file._op(*arguments, 1, 1, False, False, False)
+    query, cost, _ = op_file._op(*arguments._replace(offsets=torch.tensor([-5, 3, 99])), 1, 1, False, False, False)
+    assert torch.equal(query, expected[0])
+    assert torch.equal(cost, expected[1])
+    query, cost, _ = op_file._op(*arguments._replace(offsets=torch.tensor([4, 2, 3])), 1, 1, False, False, False)
+    assert (query[..., [0, 1, 3, 4]] == -1).all()
+    assert cost[..., [0, 1, 3, 4]].isinf().all()
+    assert query[0, 0, 2] >= 0
+
+
 def test_layouts_and_gradients() -> None:
     logits, boxes, targets = sample()
     expected = match(logits, boxes, targets)
