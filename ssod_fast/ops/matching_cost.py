@@ -271,7 +271,7 @@ def _check_numbers(numbers: dict[str, float]) -> None:
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     if numbers["gamma"] < 0:
-        raise ValueError(f"gamma must be >= 0, got {numbers['gamma']!r}")
+        raise ValueError(f"gamma must be a finite number >= 0, got {numbers['gamma']!r}")
     low, high = _EPS_RANGE
     if not low <= numbers["eps"] <= high:
         raise ValueError(f"eps must lie in {low:g} .. {high:g}, got {numbers['eps']!r}")

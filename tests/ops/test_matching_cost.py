@@ -391,7 +391,7 @@ def test_bad_options() -> None:
         ({"class_mode": "ce"}, "class_mode must be one of 'focal', 'focal_logits', 'softmax', 'prob', 'none', got 'ce'"),
         ({"box_format": "yxyx"}, "box_format must be one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'"),
         ({"giou_eps_mode": "tiny"}, "eps_mode must be one of"),
-        ({"gamma": -1}, "gamma must be >= 0, got -1"),
+        ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
         ({"eps": 0.0}, r"eps must lie in 1e-37 \.\. 0\.01, got 0\.0"),
         ({"alpha": math.nan}, "alpha must be a finite number, got nan"),
         ({"w_box": "5"}, "w_box must be a finite number, got '5'"),
