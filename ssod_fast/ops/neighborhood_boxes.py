@@ -77,7 +77,8 @@ def neighborhood_boxes(
         TypeError: for wrong dtypes.
     """
     boxes = as_rows("boxes", boxes, 4, "G")
-    _boxes.refuse_grad("neighborhood_boxes", boxes)
+    if boxes.requires_grad:
+        _boxes.refuse_grad("neighborhood_boxes", boxes)
     rows = check_image_rows("boxes", boxes, image_index, offsets, image_hw)
     factors, offsets_of_centre = check_factors("ratios", ratios, positive=True), check_factors("shakes", shakes, positive=False)
     check_threshold("iof_threshold", iof_threshold)
