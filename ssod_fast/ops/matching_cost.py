@@ -318,8 +318,15 @@ def _check_targets(packed: PackedTargets, boxes: Tensor, classes: int, mode: int
     for name, tensor in (("labels", packed.labels), ("boxes", packed.boxes), ("offsets", packed.offsets), ("counts", packed.counts)):
         if tensor is not None and tensor.device != boxes.device:
             raise ValueError(f"{name} of targets must be on the device of boxes, {boxes.device}, got {tensor.device}")
+    if packed.label_range is not None and mode != NO_CLASS:
+        _check_labels(*packed.label_range, classes)
     if type(packed.labels) is Tensor and packed.labels.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_host_rows(packed, classes, mode)
+
+
+def _check_labels(least: int, most: int, classes: int) -> None:
+    if least < 0 or most >= classes:
+        raise ValueError(f"labels of targets must lie in 0 .. {classes - 1}, got {least} .. {most}")
 
 
 def _check_host_rows(packed: PackedTargets, classes: int, mode: int) -> None:
@@ -332,8 +339,8 @@ def _check_host_rows(packed: PackedTargets, classes: int, mode: int) -> None:
         if counts.size and (counts.min() < 0 or counts.max() > width):
             raise ValueError(f"counts of targets must lie in 0 .. {width}, got {counts.tolist()}")
         labels = labels.reshape(packed.batch, width)[torch.arange(width).numpy() < counts[:, None]]
-    if mode != NO_CLASS and labels.size and (labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"labels of targets must lie in 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}")
+    if mode != NO_CLASS and labels.size:
+        _check_labels(labels.min(), labels.max(), classes)
 
 
 def _check_image_hw(image_hw: Tensor | None, boxes: Tensor, dtype: torch.dtype) -> Tensor | None:

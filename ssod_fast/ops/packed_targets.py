@@ -28,6 +28,7 @@ class PackedTargets:
         counts: int32 or int64 [B], or None for ragged rows.
         weights: float32 [G], factor of each target in a loss, or None for 1.
         sizes: number of targets per image where the host knows it.
+        label_range: smallest and largest label of a list that was on the host and is now on a device.
     """
 
     labels: Tensor
@@ -38,6 +39,7 @@ class PackedTargets:
     counts: Tensor | None = None
     weights: Tensor | None = None
     sizes: tuple[int, ...] | None = None
+    label_range: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
@@ -57,7 +59,8 @@ def pack_targets(targets: AnyTargets, device: torch.device | str | None = None) 
     """Flat rows of targets given in any of the usual forms.
 
     A list of dicts on the host costs one pinned upload, a list on the device the upload of its lengths;
-    :class:`~ssod_fast.structures.PaddedTargets` are only viewed; packed targets pass through. Nothing waits for the device.
+    :class:`~ssod_fast.structures.PaddedTargets` are only viewed; packed targets pass through. Nothing waits for the device, unless the rows
+    shall leave it.
 
     Args:
         targets: one mapping per image with `boxes` [T, 4], `labels` or `class_labels` int64 [T], and optionally `weights` [T], all on one
@@ -108,11 +111,22 @@ def _from_list(targets: Sequence[Mapping[str, Any]], where: torch.device | None)
     if any(weight is not None for weight in weights):
         parts.append([_weights(*pair) for pair in zip(weights, boxes, strict=True)])
     index = [[_offsets(sizes)], [_images(sizes)]]
-    rows = (
-        [torch.cat(part) for part in parts] + _upload_together(index, where) if source == where else _upload_together(parts + index, where)
-    )
+    if source == where:
+        label_range = None
+        rows = [torch.cat(part) for part in parts] + _upload_together(index, where)
+    else:
+        label_range = _label_range(parts[1])
+        rows = _upload_together(parts + index, where)
     factors = rows[2] if len(parts) == 3 else None
-    return PackedTargets(rows[1], rows[0], len(sizes), rows[-1], offsets=rows[-2], weights=factors, sizes=sizes)
+    return PackedTargets(rows[1], rows[0], len(sizes), rows[-1], offsets=rows[-2], weights=factors, sizes=sizes, label_range=label_range)
+
+
+def _label_range(labels: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Smallest and largest label where the host can read them without waiting."""
+    if labels[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    values = np.concatenate([label.numpy() for label in labels])
+    return (int(values.min()), int(values.max())) if values.size else None
 
 
 def _offsets(sizes: tuple[int, ...]) -> Tensor:

@@ -368,5 +368,6 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="targets must be of as many images as boxes, 4, got 3"):
         match(logits, boxes, targets[:3])
     targets[0]["labels"][0] = 6
-    with pytest.raises(ValueError, match=r"labels of targets must lie in 0 \.\. 5, got"):
-        match(logits, boxes, targets)
+    for device in ("cpu", "meta"):  # a list on the host is looked at before it is uploaded
+        with pytest.raises(ValueError, match=r"labels of targets must lie in 0 \.\. 5, got"):
+            match(logits.to(device), boxes.to(device), targets)

@@ -81,6 +81,8 @@ def test_list_is_moved_to_another_device() -> None:
     assert {t.device.type for t in (packed.labels, packed.boxes, packed.offsets, packed.image, packed.weights)} == {"meta"}
     assert packed.boxes.shape == (3, 4)
     assert packed.sizes == (2, 1)
+    assert packed.label_range == (0, 1)
+    assert pack_targets([target(0)], device="meta").label_range is None
 
 
 @pytest.mark.gpu
