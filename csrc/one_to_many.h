@@ -23,6 +23,7 @@ constexpr float kCenterRadius = 2.5f;   // strides: the central region of "simot
 constexpr float kIouWeight = 3.0f;      // of -ln(IoU) in the costs
 constexpr float kOffCenter = 1e5f;      // what "simota" adds outside of box and central region
 constexpr float kSoftCenter = 3.0f;     // strides at which the centre cost of "soft_label" reaches 1
+constexpr float kTooFar = 42.0f;        // strides beyond which that cost is infinite
 constexpr float kMinLog = -100.0f;      // logarithms of probabilities are raised to it
 
 // An exponent of the metric. Whole ones are raised by squaring and 1/2 is a root, so that all implementations round
@@ -251,6 +252,11 @@ SSOD_HD PairValue value_of(const QueryView& queries, const AssignTarget& t, int6
     return {iou, m, possible ? m : minus_infinity<float>()};
   } else {
     const Prior p = load_prior(queries, q);
+    if constexpr (rule == AssignRule::soft_label) {
+      if (stride_distance(t, p) > kTooFar) {
+        return {iou, static_cast<float>(INFINITY), minus_infinity<float>()};
+      }
+    }
     const float x = queries.score(q, t.label);
     float cost;
     if constexpr (rule == AssignRule::simota) {

@@ -136,8 +136,8 @@ def _wanted(
             chosen += [begin + q for q in _best(-distance[begin : begin + size], o.get("topk", 9))]
             begin += size
         near = u[chosen, g]
-        limit = near.mean() + near.std()
-        return [q for q in chosen if u[q, g] >= limit and _inside(points[q : q + 1], gt, 0.01)]
+        standing_out = near.mean() + near.std()
+        return [q for q in chosen if u[q, g] >= standing_out and _inside(points[q : q + 1], gt, 0.01)]
     topk = o.get("topk", 10 if rule in ("tal_any", "simota") else 13)
     k, costs = topk, rule in ("simota", "soft_label")
     if o.get("dynamic_k", costs):
@@ -182,9 +182,9 @@ def literal_assign(scores: Tensor | None, boxes: Tensor, t: Target, **o: Any) ->
             for q in _best(value[:, g].where(possible[:, g] & (target < 0), -math.inf), 1):
                 target[q] = g
     for g in range(targets):
-        own = target == g
-        if own.any():
-            iou[own], metric[own] = u[own, g], -value[own, g] if costs else value[own, g]
-            aligned = metric[own] / (metric[own].max() + (1e-9 if rule == "tal_any" else 1e-7)) * iou[own].max()
-            weight[own] = aligned if rule in ("tal", "tal_any") else iou[own]
+        mine = target == g
+        if mine.any():
+            iou[mine], metric[mine] = u[mine, g], -value[mine, g] if costs else value[mine, g]
+            aligned = metric[mine] / (metric[mine].max() + (1e-9 if rule == "tal_any" else 1e-7)) * iou[mine].max()
+            weight[mine] = aligned if rule in ("tal", "tal_any") else iou[mine]
     return target, metric, iou, weight

@@ -24,27 +24,6 @@ SSOD_CLONES static uint64_t above(const float* __restrict values, float bound) {
   return low | static_cast<uint64_t>(high) << 32;
 }
 
-struct Rectangle {
-  float x1, y1, x2, y2;
-};
-
-// Bit j: the point (x[j], y[j]) lies in the rectangle by more than `margin`.
-SSOD_CLONES static uint64_t points_inside(const float* __restrict x, const float* __restrict y, const Rectangle r,
-                                          float margin) {
-  uint32_t half[2] = {0, 0};
-  for (int h = 0; h < 2; ++h) {
-    const float *px = x + 32 * h, *py = y + 32 * h;
-    uint32_t bits = 0;
-    for (int j = 0; j < 32; ++j) {
-      const bool in =
-          (px[j] - r.x1 > margin) & (py[j] - r.y1 > margin) & (r.x2 - px[j] > margin) & (r.y2 - py[j] > margin);
-      bits |= static_cast<uint32_t>(in) << j;
-    }
-    half[h] = bits;
-  }
-  return half[0] | static_cast<uint64_t>(half[1]) << 32;
-}
-
 // The bits of a word that belong to queries [chunk * 64, end).
 inline uint64_t bits_before(int64_t chunk, int64_t end) {
   const int64_t left = end - chunk * kChunk;

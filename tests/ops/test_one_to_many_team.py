@@ -69,6 +69,6 @@ def test_ties(teams: ModuleType, monkeypatch: pytest.MonkeyPatch, size: int) -> 
     monkeypatch.setattr(op_file, "_op", record)
     for conflict in ("iou", "metric", "any_iou", "any_metric"):
         for final_topk in (None, 2):
-            one_to_many_assign(scores, boxes[:, :, :70], targets, conflict=conflict, final_topk=final_topk, keep_one=True)  # type: ignore[arg-type]
+            one_to_many_assign(scores, boxes[:, :, :70], targets, conflict=conflict, final_topk=final_topk, keep_one=True)
     for values in seen:
         check(teams, values, size)
