@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssod_fast.ops import ms_deform_attn, ms_deform_attn_fused
+
+SHAPES = [(2, 3), (1, 2)]  # 8 tokens
+
+
+def plain(**changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "value": torch.zeros(2, 8, 3, 4),
+        "spatial_shapes": SHAPES,
+        "sampling_locations": torch.zeros(2, 5, 3, 4, 2),
+        "attention_weights": torch.zeros(2, 5, 3, 4),
+    }
+    return ms_deform_attn(**(arguments | changes))
+
+
+def fused(**changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "value": torch.zeros(2, 8, 3, 4),
+        "spatial_shapes": SHAPES,
+        "reference_points": torch.zeros(2, 5, 2, 2),
+        "sampling_offsets": torch.zeros(2, 5, 3, 4, 2),
+        "attention_logits": torch.zeros(2, 5, 3, 4),
+    }
+    return ms_deform_attn_fused(**(arguments | changes))
+
+
+SHARED = [
+    ({"value": torch.zeros(2, 8, 12)}, ValueError, r"value must be \[B, S, M, C\], got \[2, 8, 12\]"),
+    ({"value": torch.zeros(2, 8, 3, 4).int()}, TypeError, "value must be float32, float16, bfloat16 or float64, got torch.int32"),
+    ({"value": torch.zeros(2, 8, 3, 4, dtype=torch.complex64)}, TypeError, "value must be float32, .* got torch.complex64"),
+    ({"value": torch.zeros(2, 8, 3, 4).to(torch.float8_e5m2)}, TypeError, "value must be float32, .* got torch.float8_e5m2"),
+    ({"value": np.zeros((2, 8, 3, 4))}, TypeError, "value must be a tensor, got ndarray"),
+    (
+        {"spatial_shapes": [(2, 3), (1, 3)]},
+        ValueError,
+        r"spatial_shapes must cover the 8 tokens of value, got \[\(2, 3\), \(1, 3\)\], which have 9",
+    ),
+    ({"spatial_shapes": [2, 3]}, ValueError, r"spatial_shapes must be pairs \(height, width\) or a tensor \[L, 2\], got \[2, 3\]"),
+    ({"spatial_shapes": [(2, 3, 1), (1, 2, 1)]}, ValueError, "spatial_shapes must be pairs"),
+    ({"spatial_shapes": None}, ValueError, "spatial_shapes must be pairs .* got None"),
+    ({"spatial_shapes": [(-2, -3), (1, 2)]}, ValueError, r"spatial_shapes must hold integers >= 0, got \[\(-2, -3\), \(1, 2\)\]"),
+    ({"spatial_shapes": [(2.0, 3.0), (1.0, 2.0)]}, ValueError, "spatial_shapes must hold integers >= 0"),
+    ({"spatial_shapes": list(torch.tensor(SHAPES))}, ValueError, "spatial_shapes must hold integers >= 0"),
+    ({"spatial_shapes": torch.tensor([2, 3])}, ValueError, r"spatial_shapes must be \[L, 2\], got \[2\]"),
+    ({"spatial_shapes": torch.zeros(2, 3).long()}, ValueError, r"spatial_shapes must be \[L, 2\], got \[2, 3\]"),
+    ({"spatial_shapes": torch.zeros(2, 2)}, TypeError, "spatial_shapes must be int64 or int32, got torch.float32"),
+    (
+        {"spatial_shapes": torch.zeros(2, 2, device="meta").long()},
+        ValueError,
+        "spatial_shapes must be on the device of value, cpu, got meta",
+    ),
+    ({"level_start_index": [0, 6]}, TypeError, "level_start_index must be a tensor, got list"),
+    ({"level_start_index": torch.zeros(2)}, TypeError, "level_start_index must be int64 or int32, got torch.float32"),
+    ({"level_start_index": torch.zeros(3).long()}, ValueError, r"level_start_index must be \[2\], one number per level, got \[3\]"),
+    ({"level_start_index": torch.zeros(2, 1).long()}, ValueError, r"level_start_index must be \[2\]"),
+    ({"level_start_index": torch.zeros(2, device="meta").long()}, ValueError, "level_start_index must be on the device of value"),
+    ({"num_points": [4]}, ValueError, r"num_points must be 2 numbers >= 0 that sum to the 4 samples of attention_\w+, got \[4\]"),
+    ({"num_points": [1, 2]}, ValueError, "num_points must be 2 numbers >= 0 that sum to the 4 samples"),
+    ({"num_points": [5, -1]}, ValueError, r"num_points must be 2 numbers >= 0 .* got \[5, -1\]"),
+    ({"spatial_shapes": [(2, 3), (1, 1), (1, 1)]}, ValueError, "num_points must be given where 3 levels do not share the 4 samples"),
+    ({"spatial_shapes": [], "value": torch.zeros(2, 0, 3, 4)}, ValueError, "num_points must be given where 0 levels"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), SHARED)
+@pytest.mark.parametrize("function", [plain, fused])
+def test_what_both_refuse(function: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    if "spatial_shapes" in changes and function is fused and "reference_points" not in changes:
+        changes = changes | {"reference_points": torch.zeros(2, 5, 1, 2)}
+    with pytest.raises(error, match=message):
+        function(**changes)
+
+
+SAMPLES = [
+    ("positions", torch.zeros(2, 5, 3, 8), ValueError, r"{0} must be \[B, Q, M, K, 2\] or \[B, Q, M, L, P, 2\], got \[2, 5, 3, 8\]"),
+    ("positions", torch.zeros(2, 5, 3, 3, 2, 2), ValueError, r"{0} must have 2 levels in dimension 3, got \[2, 5, 3, 3, 2, 2\]"),
+    ("positions", torch.zeros(2, 5, 3, 4, 3), ValueError, r"{0} must be \[2, 5, 3, 4, 2\] to fit {1}, got \[2, 5, 3, 4, 3\]"),
+    ("positions", torch.zeros(2, 6, 3, 4, 2), ValueError, r"{0} must be \[2, 5, 3, 4, 2\] to fit {1}, got \[2, 6, 3, 4, 2\]"),
+    ("positions", torch.zeros(2, 5, 3, 4, 2).long(), TypeError, "{0} must be float32, .* got torch.int64"),
+    ("positions", torch.zeros(2, 5, 3, 4, 2, device="meta"), ValueError, "{0} must be on the device of value, cpu, got meta"),
+    ("positions", [0.0], TypeError, "{0} must be a tensor, got list"),
+    ("weights", torch.zeros(2, 5, 12), ValueError, r"{1} must be \[B, Q, M, K\] or \[B, Q, M, L, P\], got \[2, 5, 12\]"),
+    ("weights", torch.zeros(2, 5, 3, 4, 1), ValueError, r"{1} must have 2 levels in dimension 3, got \[2, 5, 3, 4, 1\]"),
+    ("weights", torch.zeros(1, 5, 3, 4), ValueError, r"{1} must be \[2, Q, 3, K\] to fit value \[2, 8, 3, 4\], got \[1, 5, 3, 4\]"),
+    ("weights", torch.zeros(2, 5, 4, 4), ValueError, r"{1} must be \[2, Q, 3, K\] to fit value \[2, 8, 3, 4\], got \[2, 5, 4, 4\]"),
+    ("weights", torch.zeros(2, 5, 3, 6), ValueError, r"{0} must be \[2, 5, 3, 6, 2\] to fit {1}, got \[2, 5, 3, 4, 2\]"),
+    ("weights", torch.ones(2, 5, 3, 4) > 0, TypeError, "{1} must be float32, .* got torch.bool"),
+    ("weights", torch.zeros(2, 5, 3, 4, device="meta"), ValueError, "{1} must be on the device of value, cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize(("which", "tensor", "error", "message"), SAMPLES)
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [(plain, ("sampling_locations", "attention_weights")), (fused, ("sampling_offsets", "attention_logits"))],
+    ids=["plain", "fused"],
+)
+def test_samples(function: Any, names: tuple[str, str], which: str, tensor: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.replace("{0}", names[0]).replace("{1}", names[1])):
+        function(**{names[which == "weights"]: tensor})
+
+
+@pytest.mark.parametrize(
+    ("points", "error", "message"),
+    [
+        (torch.zeros(2, 5, 2), ValueError, r"reference_points must be \[2, 5, 2 or 1, 2 or 4\], got \[2, 5, 2\]"),
+        (torch.zeros(2, 5, 3, 2), ValueError, r"reference_points must be \[2, 5, 2 or 1, 2 or 4\], got \[2, 5, 3, 2\]"),
+        (torch.zeros(2, 5, 2, 3), ValueError, r"reference_points must be \[2, 5, 2 or 1, 2 or 4\], got \[2, 5, 2, 3\]"),
+        (torch.zeros(1, 5, 2, 2), ValueError, r"reference_points must be .* got \[1, 5, 2, 2\]"),
+        (torch.zeros(2, 5, 2, 2).int(), TypeError, "reference_points must be float32, .* got torch.int32"),
+        (torch.zeros(2, 5, 2, 2, device="meta"), ValueError, "reference_points must be on the device of value, cpu, got meta"),
+        ([(0.5, 0.5)], TypeError, "reference_points must be a tensor, got list"),
+    ],
+)
+def test_reference_points(points: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fused(reference_points=points)
+
+
+def test_method() -> None:
+    with pytest.raises(ValueError, match="method must be one of 'bilinear', 'discrete', got 'nearest'"):
+        plain(method="nearest")
+    with pytest.raises(ValueError, match="method must be one of 'bilinear', 'discrete', got 0"):
+        plain(method=0)
+
+
+def test_integers_of_other_kinds_are_sizes() -> None:
+    expected = plain()
+    assert torch.equal(plain(spatial_shapes=np.array(SHAPES)), expected)
+    assert torch.equal(plain(spatial_shapes=tuple(torch.zeros(s).shape for s in SHAPES)), expected)
+    assert torch.equal(plain(num_points=(1, 3)), expected)
+    assert torch.equal(plain(num_points=np.array([1, 3])), expected)
