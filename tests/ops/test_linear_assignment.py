@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from no_sync import no_sync
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 from torch import Tensor
 
-from ssod_fast.ops import Matches, linear_assignment, linear_sum_assignment
+from ssod_fast.ops import Matches, linear_assignment
 from ssod_fast.ops._matches import INVALID_ENTRIES, INVALID_PAIR, UNMATCHED_TARGET
 from ssod_fast.ops.linear_assignment import _reference
 
@@ -114,17 +113,6 @@ def test_golden_repeats_and_groups(device: str) -> None:
     assert grouped.query.tolist() == [[[1], [3]]]
     assert grouped.status.shape == (1, 2, 1)
     assert (grouped.groups, grouped.repeats, grouped.queries, grouped.layers) == (2, 1, 4, 1)
-
-
-def test_scipy_form_of_golden_cases() -> None:
-    row, column = linear_sum_assignment(torch.tensor([[4.0, 1, 3], [2, 0, 5], [3, 2, 2]]))
-    assert row.tolist() == [0, 1, 2]
-    assert column.tolist() == [1, 0, 2]
-    assert linear_sum_assignment([[INF, 1], [2, INF]])[1].tolist() == [1, 0]
-    assert (
-        linear_sum_assignment(np.array([[1, 5], [2, 4], [9, 9]]), maximize=True)[0].tolist()
-        == scipy_assignment([[1, 5], [2, 4], [9, 9]], maximize=True)[0].tolist()
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -342,53 +330,6 @@ def test_every_output_is_written() -> None:
     assert ((matches.query >= -1) & (matches.query < 4)).all()
     assert not matches.cost.isnan().any()
     assert (matches.status <= 7).all()
-
-
-def test_scipy_form_equals_scipy() -> None:
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        matrix = cost_matrix(KINDS[seed % len(KINDS)], int(rng.integers(9)), int(rng.integers(9)), seed, torch.float64).numpy()
-        for maximize in (False, True):
-            row, column = linear_sum_assignment(torch.from_numpy(matrix), maximize)
-            expected = scipy_assignment(matrix, maximize)
-            assert row.tolist() == expected[0].tolist()
-            assert column.tolist() == expected[1].tolist()
-        blocked = matrix.copy()
-        blocked[rng.random(matrix.shape) < 0.3] = np.inf
-        assert outcome(linear_sum_assignment, blocked) == outcome(scipy_assignment, blocked)
-
-
-def outcome(solve: Callable[..., Any], matrix: Any) -> Any:
-    """The columns, or the message of the ValueError."""
-    try:
-        return solve(matrix)[1].tolist()
-    except ValueError as error:
-        return str(error)
-
-
-def test_scipy_form_of_a_batch() -> None:
-    for shape in ((4, 3, 7), (4, 7, 3), (4, 5, 5), (4, 0, 3), (4, 3, 0), (0, 3, 4)):
-        matrix = torch.randn(shape)
-        row, column = linear_sum_assignment(matrix)
-        assert row.shape == column.shape == (shape[0], min(shape[1:]))
-        for b in range(shape[0]):
-            alone = linear_sum_assignment(matrix[b])
-            assert torch.equal(row[b], alone[0])
-            assert torch.equal(column[b], alone[1])
-
-
-def test_scipy_form_refuses_what_scipy_refuses() -> None:
-    for bad in (N, -INF):
-        with pytest.raises(ValueError, match="matrix contains invalid numeric entries"):
-            linear_sum_assignment(torch.tensor([[1.0, bad], [0, 0]]))
-    with pytest.raises(ValueError, match="matrix contains invalid numeric entries"):
-        linear_sum_assignment(torch.tensor([[1.0, INF], [0, 0]]), maximize=True)
-    with pytest.raises(ValueError, match="cost matrix is infeasible"):
-        linear_sum_assignment(torch.tensor([[INF, INF], [0, 0]]))
-    with pytest.raises(ValueError, match=r"matrix must have shape \[R, C\] or \[B, R, C\], got \[3\]"):
-        linear_sum_assignment(torch.zeros(3))
-    with pytest.raises(TypeError, match=r"matrix must have a real number dtype, got torch\.complex64"):
-        linear_sum_assignment(torch.zeros(2, 2, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(
