@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..ops._matches import Matches
@@ -83,9 +82,8 @@ class HungarianMatcher(nn.Module):
             raise ValueError(f"outputs must be of one layer, got {matches.layers}: use match() for all layers at once")
         return matches.pairs(0, matches.query.device if self.index_device == "same" else "cpu")
 
-    @torch.no_grad()
     def match(self, outputs: Outputs, targets: AnyTargets) -> Matches:
-        """All layers at once, without waiting for the device.
+        """All layers at once, without waiting for the device. No gradient flows, and autocast changes nothing.
 
         Args:
             outputs: `logits` or `pred_logits` [L, B, Q, C] or [B, Q, C], and `pred_boxes` [L, B, Q, 4] or [B, Q, 4], normalised cxcywh.

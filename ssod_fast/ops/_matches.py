@@ -77,4 +77,4 @@ class Matches:
         lengths: list[int] = found.tolist() if self.pair_counts is None else list(self.pair_counts)
         total = sum(lengths)
         query, target = query[:total].to(device), target[:total].to(device)
-        return list(zip(query.split(lengths), target.split(lengths), strict=True))
+        return list(zip(query.split_with_sizes(lengths), target.split_with_sizes(lengths), strict=True))

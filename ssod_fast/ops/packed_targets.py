@@ -191,7 +191,7 @@ Fields = tuple[Tensor, Tensor, Tensor | None]
 
 def _check_target(i: int, target: Mapping[str, Any]) -> Fields:
     """Boxes, labels and weights of one image, checked."""
-    if not isinstance(target, Mapping):
+    if type(target) is not dict and not isinstance(target, Mapping):  # the second question takes ten times as long
         raise TypeError(f"targets[{i}] must be a mapping with 'boxes' and 'labels', got {type(target).__name__}")
     boxes, weights = target.get("boxes"), target.get("weights")
     labels = target.get("labels")
