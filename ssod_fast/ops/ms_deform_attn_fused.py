@@ -82,17 +82,26 @@ def ms_deform_attn_fused(
         ValueError: for shapes, sizes or devices that do not fit together.
         TypeError: for what is no tensor, and for integer, boolean or complex tensors.
     """
-    value = _ms_deform_checks.check_value(value)
-    levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
-    offsets, logits = _ms_deform_checks.check_samples(value, sampling_offsets, attention_logits, levels.number, num_points, _NAMES)
-    points = _ms_deform_checks.check_reference(reference_points, value, offsets, levels.number)
-    inputs = (value, levels.shapes, levels.start, points, offsets, logits, levels.hw, num_points, float(offset_scale))
-    wanted = value.requires_grad or offsets.requires_grad or logits.requires_grad or points.requires_grad
+    _ms_deform_checks.check_value(value)
+    shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
+    _ms_deform_checks.check_samples(value, sampling_offsets, attention_logits, levels, num_points, _NAMES)
+    _ms_deform_checks.check_reference(reference_points, value, attention_logits, levels)
+    tensors = value, shapes, start, reference_points, sampling_offsets, attention_logits
+    options = hw, num_points, float(offset_scale)
+    wanted = value.requires_grad or sampling_offsets.requires_grad or attention_logits.requires_grad or reference_points.requires_grad
     if wanted and torch.is_grad_enabled():
-        out, lse = _MSDeformAttnFused.apply(*inputs)  # type: ignore[no-untyped-call]
+        out, lse = _MSDeformAttnFused.apply(*tensors, *options)  # type: ignore[no-untyped-call]
     else:
-        out, lse = _forward(*inputs)
+        out, lse = _forward(*_layout(*tensors), *options)
     return (out, lse) if return_lse else out
+
+
+def _layout(
+    value: Tensor, shapes: Tensor | None, start: Tensor | None, points: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+    """Checked tensors as the op takes them."""
+    samples = _ms_deform_checks.flat_samples(value, offsets, logits)
+    return _ms_deform_checks.dense_tokens(value), shapes, start, _ms_deform_checks.wide_reference(points, value), *samples
 
 
 class _Samples(NamedTuple):
@@ -199,7 +208,7 @@ class _MSDeformAttnFused(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, shapes: Any, start: Any, points: Tensor, offsets: Tensor, logits: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(value, shapes, start, points, offsets, logits, *options)
+        out, lse = _forward(*_layout(value, shapes, start, points, offsets, logits), *options)
         ctx.save_for_backward(value, shapes, start, points, offsets, logits, lse)
         ctx.options = options
         ctx.mark_non_differentiable(lse)
@@ -208,10 +217,13 @@ class _MSDeformAttnFused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         *inputs, lse = ctx.saved_tensors
-        need_reference = ctx.needs_input_grad[3]
+        value, _, _, points, offsets, logits = inputs
+        need_points = ctx.needs_input_grad[3]
         deterministic = torch.are_deterministic_algorithms_enabled()
-        grads: Any = _backward(grad.contiguous(), *inputs, *ctx.options, lse, need_reference, deterministic)
+        grads: Any = _backward(grad.contiguous(), *_layout(*inputs), *ctx.options, lse, need_points, deterministic)
         if torch.is_grad_enabled():  # somebody will differentiate again
-            grads = _boxes.once("ms_deform_attn_fused", (grad, *(inputs[i] for i in (0, 3, 4, 5))), grads)
-        grad_value, grad_reference, grad_offsets, grad_logits = grads
-        return grad_value, None, None, grad_reference if need_reference else None, grad_offsets, grad_logits, None, None, None
+            grads = _boxes.once("ms_deform_attn_fused", (grad, value, points, offsets, logits), grads)
+        grad_value, grad_points, grad_offsets, grad_logits = grads
+        shaped_like = _ms_deform_checks.shaped_like
+        grad_samples = shaped_like(grad_offsets, offsets), shaped_like(grad_logits, logits)
+        return grad_value, None, None, shaped_like(grad_points, points) if need_points else None, *grad_samples, None, None, None
