@@ -74,9 +74,11 @@ def linear_assignment(
     """
     _check_options(layout, repeat_order, invalid, ties)
     _check_cost(cost, offsets)
+    cost = cost.detach()
     if layout == "query_major":
-        cost = cost.transpose(-1, -2)
-    rows = _as_rows(cost.detach(), offsets, counts)
+        turned = cost.transpose(-1, -2)
+        cost = turned if turned.is_contiguous() else _transpose(_as_solvable(cost))
+    rows = _as_rows(cost, offsets, counts)
     queries = cost.shape[-1]
     _check_groups(groups, repeats, queries)
     flat = _as_solvable(rows.cost)
@@ -320,6 +322,14 @@ def _fake(
     )
 
 
+def _reference_transpose(costs: Tensor) -> Tensor:
+    return costs.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+
+
+def _fake_transpose(costs: Tensor) -> Tensor:
+    return costs.new_empty((*costs.shape[:-2], costs.shape[-1], costs.shape[-2]))
+
+
 def _triton(*args: Any) -> Any:
     return importlib.import_module("ssod_fast.kernels.linear_assignment").linear_assignment(*args)
 
@@ -331,4 +341,8 @@ register(
     fake=_fake,
     triton=_triton,
 )
+register(  # torch copies such views on a CPU several times slower, on a GPU as fast as memory allows
+    "transpose_costs(Tensor costs) -> Tensor", reference=_reference_transpose, fake=_fake_transpose, composed=True
+)
 _op = torch.ops.ssod_fast.linear_assignment.default
+_transpose = torch.ops.ssod_fast.transpose_costs.default

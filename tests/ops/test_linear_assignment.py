@@ -183,6 +183,16 @@ def test_query_major_equals_target_major() -> None:
         same(linear_assignment(cost), linear_assignment(cost.transpose(1, 2).contiguous(), layout="query_major"))
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (7, 9), (8, 8), (16, 24), (3, 17, 33), (2, 2, 100, 45), (5, 0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transpose_costs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    costs = torch.randn(shape, dtype=dtype)
+    op = torch.ops.ssod_fast.transpose_costs.default
+    assert torch.equal(op(costs), costs.transpose(-1, -2))
+    assert op(costs).is_contiguous()
+    torch.library.opcheck(op, (costs,))
+
+
 def batch_of(sizes: list[int], count: int, layers: int, kind: str = "integer") -> list[Tensor]:
     """Costs [L, T_b, Q] of each image."""
     return [torch.stack([cost_matrix(kind, size, count, 100 * b + layer) for layer in range(layers)]) for b, size in enumerate(sizes)]
