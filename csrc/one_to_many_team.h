@@ -50,13 +50,13 @@ struct AssignInput {
   SSOD_HD bool usable(int64_t row) const { return has_class(options, labels[row], classes); }
 };
 
-// What a call writes, and what its steps tell each other. All of `winner`, `claims`, `most_metric` and `most_iou`
-// starts as 0.
+// What a call writes, and what its steps tell each other. `winner` and `claims` are 0 before the first step, `count`,
+// `most_metric` and `most_iou` before the second.
 struct AssignState {
   int64_t* target;                   // [L, B, Q]
   float *metric, *iou;               // [L, B, Q]
   float* weight;                     // [L, B, Q]
-  int32_t* count;                    // [L, G], starts as 0
+  int32_t* count;                    // [L, G]
   unsigned long long* winner;        // [L, B, Q], see pack_claim
   uint32_t* claims;                  // [L, B, Q], null where nobody asks how many targets want a query
   const float* background;           // [L, B, Q], null for rules without costs

@@ -22,7 +22,7 @@ COMMANDS = [line.split("#")[0].strip() for line in README.read_text().splitlines
 def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -38,6 +38,12 @@ def test_matching(names: dict[str, Any]) -> None:
     assert [(len(i), sorted(j.tolist())) for i, j in names["pairs"]] == [(2, [0, 1]), (0, [])]
     assert torch.isfinite(names["logits"].grad).all()
     assert (names["boxes"].grad != 0).any()
+
+
+def test_one_to_many(names: dict[str, Any]) -> None:
+    assert names["assigned"].count.shape == (6, 4)
+    assert names["positive"].any()
+    assert not names["assigned"].weight[~names["positive"]].any()
 
 
 def test_pseudo_labels(names: dict[str, Any]) -> None:

@@ -93,12 +93,16 @@ __global__ void __launch_bounds__(kThreads) background_kernel(const AssignInput 
 }
 
 template <AssignRule rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     claim_kernel(const AssignInput in, const AssignState state, const Scratch scratch) {
   extern __shared__ float shared[];
   __shared__ BlockExchange<kThreads> exchange;
   const int64_t layer = blockIdx.x / in.rows.rows, row = blockIdx.x % in.rows.rows;
   const int64_t image = image_of(in.rows, row);
+  if (threadIdx.x == 0) {
+    state.count[blockIdx.x] = 0;
+    state.most_metric[blockIdx.x] = state.most_iou[blockIdx.x] = 0;
+  }
   if (image < 0) {
     return;
   }
@@ -118,7 +122,7 @@ __device__ void count_query(const AssignState& state, int64_t t, float metric, f
 }
 
 template <AssignRule rule>
-__global__ void __launch_bounds__(kThreads) settle_kernel(const AssignInput in, const AssignState state) {
+__global__ void __launch_bounds__(kThreads, 1) settle_kernel(const AssignInput in, const AssignState state) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= in.layers * in.rows.batch * in.queries) {
     return;
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(const AssignInput in, 
 }
 
 template <AssignRule rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     trim_kernel(const AssignInput in, const AssignState state, const Scratch scratch) {
   extern __shared__ float shared[];
   __shared__ BlockExchange<kThreads> exchange;
@@ -185,17 +189,17 @@ void launch(const AssignInput& in, const AssignState& state, const Scratch& scra
   check_launch("one_to_many_assign");
 }
 
-// Memory that the steps share: 8 bytes per query for the winners, then 4 each for claims, maxima of metric and overlap,
-// all of it starting as 0; then backgrounds and the teams' scratch.
+// Memory that the steps share: 8 bytes per query for the winners and 4 for their claims, starting as 0; then the
+// largest metric and overlap of each target, backgrounds, and the teams' scratch.
 struct SharedMemory {
-  int64_t zeroed, background, scratch;  // bytes
+  int64_t zeroed, largest, background, scratch;  // bytes
 
-  int64_t total() const { return zeroed + background + scratch; }
+  int64_t total() const { return zeroed + largest + background + scratch; }
 };
 
 SharedMemory layout(const AssignInput& in, const Scratch& scratch) {
   const int64_t queries = in.layers * in.rows.batch * in.queries, targets = in.layers * in.rows.rows;
-  return {queries * 12 + targets * 8, is_cost(in.options.rule) ? queries * 4 : 0,
+  return {queries * (in.options.any_target ? 12 : 8), targets * 8, is_cost(in.options.rule) ? queries * 4 : 0,
           scratch.floats() * 4 > kSharedBytes ? targets * scratch.floats() * 4 : 0};
 }
 
@@ -206,15 +210,16 @@ void run(const AssignInput& in, AssignState state, const Tensor& like, cudaStrea
   Tensor holder = new_cuda_output(like, {memory.total()}, ScalarType::Byte);
   auto* bytes = static_cast<char*>(holder.data_ptr());
   cudaMemsetAsync(bytes, 0, memory.zeroed, stream);
-  cudaMemsetAsync(state.count, 0, targets * sizeof(int32_t), stream);
   state.winner = reinterpret_cast<unsigned long long*>(bytes);
-  auto* words = reinterpret_cast<uint32_t*>(bytes + queries * 8);
-  state.claims = in.options.any_target ? words : nullptr;
-  state.most_metric = words + queries;
+  state.claims = in.options.any_target ? reinterpret_cast<uint32_t*>(bytes + queries * 8) : nullptr;
+  bytes += memory.zeroed;
+  state.most_metric = reinterpret_cast<uint32_t*>(bytes);
   state.most_iou = state.most_metric + targets;
-  float* background = memory.background ? reinterpret_cast<float*>(bytes + memory.zeroed) : nullptr;
+  bytes += memory.largest;
+  float* background = memory.background ? reinterpret_cast<float*>(bytes) : nullptr;
   state.background = background;
-  scratch.global = memory.scratch ? reinterpret_cast<float*>(bytes + memory.zeroed + memory.background) : nullptr;
+  bytes += memory.background;
+  scratch.global = memory.scratch ? reinterpret_cast<float*>(bytes) : nullptr;
   with_assign_rule(in.options.rule,
                    [&](auto rule) { launch<decltype(rule)::value>(in, state, scratch, background, stream); });
 }
