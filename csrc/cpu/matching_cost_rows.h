@@ -151,42 +151,50 @@ SSOD_CLONES static void prob_row(T* __restrict x, T w_class, int64_t n) {
   }
 }
 
-// Maximum of one row of logits, and the sum of exp(x - maximum), in lanes so that both vectorise.
+// Folds 2 * kHalf lanes into the first one.
+template <int kHalf, typename T, typename Op>
+SSOD_HD T fold(T* lane, Op op) {
+  for (int k = 0; k < kHalf; ++k) {
+    lane[k] = op(lane[k], lane[k + kHalf]);
+  }
+  if constexpr (kHalf > 1) {
+    return fold<kHalf / 2>(lane, op);
+  }
+  return lane[0];
+}
+
+// Maximum of each row of logits [n, classes], and the sum of exp(x - maximum), in lanes so that both vectorise.
 template <typename X, typename T>
-SSOD_CLONES static void softmax_statistics(const X* __restrict x, int64_t n, T* __restrict maximum, T* __restrict sum) {
-  constexpr int64_t kLanes = 16;
-  T high[kLanes], total[kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) {
-    high[k] = minus_infinity<T>();
-    total[k] = T(0);
-  }
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) {
-      high[k] = upper(static_cast<T>(x[i + k]), high[k]);
+SSOD_CLONES static void softmax_statistics(const X* __restrict logits, int64_t stride, int64_t classes, int64_t n,
+                                           T* __restrict maximum, T* __restrict sum) {
+  constexpr int kLanes = 16;
+  const int64_t whole = classes / kLanes * kLanes;
+  for (int64_t row = 0; row < n; ++row) {
+    const X* __restrict x = logits + row * stride;
+    T high[kLanes], total[kLanes];
+    for (int k = 0; k < kLanes; ++k) {
+      high[k] = k < classes - whole ? static_cast<T>(x[whole + k]) : minus_infinity<T>();
     }
-  }
-  T top = minus_infinity<T>();
-  for (int64_t i = whole; i < n; ++i) {
-    top = upper(static_cast<T>(x[i]), top);
-  }
-  for (int64_t k = 0; k < kLanes; ++k) {
-    top = upper(high[k], top);
-  }
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t k = 0; k < kLanes; ++k) {
-      total[k] += exp_down(static_cast<T>(x[i + k]) - top);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) {
+        high[k] = upper(static_cast<T>(x[i + k]), high[k]);
+      }
     }
+    const T top = fold<kLanes / 2>(high, [](T a, T b) { return upper(a, b); });
+    for (int k = 0; k < kLanes; ++k) {
+      total[k] = T(0);
+    }
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int k = 0; k < kLanes; ++k) {
+        total[k] += exp_down(static_cast<T>(x[i + k]) - top);
+      }
+    }
+    for (int64_t i = whole; i < classes; ++i) {
+      total[i - whole] += exp_down(static_cast<T>(x[i]) - top);
+    }
+    maximum[row] = top;
+    sum[row] = fold<kLanes / 2>(total, [](T a, T b) { return a + b; });
   }
-  T all = T(0);
-  for (int64_t i = whole; i < n; ++i) {
-    all += exp_down(static_cast<T>(x[i]) - top);
-  }
-  for (int64_t k = 0; k < kLanes; ++k) {
-    all += total[k];
-  }
-  *maximum = top;
-  *sum = all;
 }
 
 // Costs of one target. `classes` holds the weighted class terms.
@@ -304,10 +312,7 @@ class Filler {
     with_logits<T>(call_.logits, call_.logits.offset(slice_.layer, slice_.image, first), [&](const auto* x) {
       gather_columns(x, call_.logits.query, n, space_.distinct, terms);
       if (call_.rule.class_mode == ClassMode::softmax && distinct > 0) {
-        for (int64_t i = 0; i < n; ++i) {
-          softmax_statistics(x + i * call_.logits.query, call_.logits.width, &space_.softmax[0][i],
-                             &space_.softmax[1][i]);
-        }
+        softmax_statistics(x, call_.logits.query, call_.logits.width, n, space_.softmax[0], space_.softmax[1]);
       }
     });
     for (int64_t u = 0; u < distinct; ++u) {
