@@ -139,8 +139,12 @@ DEFAULTS: dict[str, Any] = dict.fromkeys(
 DEFAULTS |= {"box_format": "xyxy", "keep_one": False}
 
 
+# Not "simota": costs beyond 1e5 leave an ulp of 1/128, where much is equal. Not levels, which are about the order.
+UNTIED = [name for name, options in RULE_CASES.items() if options["rule"] != "simota" and "levels" not in options]
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([name for name in RULE_CASES if "level" not in name and name != "atss-priors-keep-one"]))
+@given(st.integers(0, 10_000), st.sampled_from(UNTIED))
 def test_order_of_queries_and_targets_does_not_matter(seed: int, name: str) -> None:
     logits, boxes, targets, priors = random_case((7,), 60, layers=1, seed=seed)
     if "keep-one" in name:  # whose turn it is depends on the order of the targets
