@@ -1,0 +1,257 @@
+"""Replaces attributes of other people's modules, classes and objects, and puts them back.
+
+What was there is remembered beside what replaces it, on the owner itself. A copied or unpickled model therefore keeps its patches and can
+still be unpatched, and nothing here holds on to a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+from typing import Any
+
+from torch import nn
+
+_RECORD = "_ssod_fast_replaced"
+
+
+class NothingPatched(RuntimeError):
+    """There was no place to patch."""
+
+
+class UnknownSurface(ImportError):
+    """Code to be patched does not look as expected; nothing was changed."""
+
+
+class Absent:
+    """Stands for an attribute that its owner did not have itself."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attribute that can be replaced."""
+
+    owner: Any
+    name: str
+    label: str  # for people
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What a call patched; a context manager that puts it back.
+
+    Attributes:
+        places: labels of all that is patched now, also of what an earlier call had patched already.
+    """
+
+    places: tuple[str, ...]
+    _new: tuple[Place, ...] = field(repr=False)
+
+    @property
+    def count(self) -> int:
+        """Number of places that are patched now."""
+        return len(self.places)
+
+    def undo(self) -> None:
+        """Puts back what this very call replaced; a second time nothing."""
+        for place in reversed(self._new):
+            restore(place.owner, place.name)
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+
+class Plan:
+    """Collects replacements and makes them at once, so that a check that fails halfway leaves everything as it was."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Place, Any]] = []
+
+    def add(self, owner: Any, name: str, new: Any, label: str | None = None) -> None:
+        """Plans that `name` of `owner`, a module, class or object, becomes `new`.
+
+        Args:
+            owner: what holds the attribute.
+            name: of the attribute.
+            new: what it becomes.
+            label: for people, by default the names of both.
+        """
+        self._steps.append((Place(owner, name, label or f"{label_of(owner)}.{name}"), new))
+
+    def apply(self, nothing: str) -> Patched:
+        """Makes the replacements, except where an earlier call has made one already.
+
+        Args:
+            nothing: message of the error where there is no place to patch.
+
+        Returns:
+            What is patched now.
+
+        Raises:
+            NothingPatched: if no replacement is planned.
+        """
+        if not self._steps:
+            raise NothingPatched(nothing)
+        new = [place for place, value in self._steps if replace(place.owner, place.name, value)]
+        return Patched(tuple(place.label for place, _ in self._steps), tuple(new))
+
+
+def replace(owner: Any, name: str, new: Any) -> bool:
+    """Sets an attribute and remembers what it was.
+
+    Args:
+        owner: a module, class or object.
+        name: of the attribute.
+        new: its value.
+
+    Returns:
+        False if it is replaced already: then nothing changes.
+    """
+    record = vars(owner).get(_RECORD, {})
+    if name in record:
+        return False
+    setattr(owner, _RECORD, {**record, name: (_own(owner, name), new)})
+    setattr(owner, name, new)
+    return True
+
+
+def restore(owner: Any, name: str) -> bool:
+    """Puts back what :func:`replace` replaced.
+
+    Args:
+        owner: a module, class or object.
+        name: of the attribute.
+
+    Returns:
+        False if it was not replaced: then nothing changes.
+
+    Raises:
+        RuntimeError: if the attribute has been replaced once more by somebody else, whose change would be lost.
+    """
+    record = vars(owner).get(_RECORD, {})
+    if name not in record:
+        return False
+    old, new = record[name]
+    if _own(owner, name) is not new:
+        raise RuntimeError(f"{label_of(owner)}.{name} has been replaced again since ssod_fast patched it: undo that first")
+    if old is Absent:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, old)
+    rest = {key: value for key, value in record.items() if key != name}
+    if rest:
+        setattr(owner, _RECORD, rest)
+    else:
+        delattr(owner, _RECORD)
+    return True
+
+
+def restore_all(owner: Any) -> int:
+    """Puts back everything that was replaced on `owner`.
+
+    Args:
+        owner: a module, class or object.
+
+    Returns:
+        How many attributes.
+    """
+    names = list(vars(owner).get(_RECORD, {}))
+    return sum(restore(owner, name) for name in reversed(names))
+
+
+def is_replaced(owner: Any, name: str) -> bool:
+    """Whether :func:`replace` has replaced this attribute."""
+    return name in vars(owner).get(_RECORD, {})
+
+
+def original(owner: Any, name: str) -> Any:
+    """The attribute as it was on `owner` before :func:`replace`, :class:`Absent` if it was inherited; as it is where it is not replaced."""
+    record = vars(owner).get(_RECORD, {})
+    return record[name][0] if name in record else getattr(owner, name)
+
+
+def _own(owner: Any, name: str) -> Any:
+    """The attribute without inheritance and descriptors."""
+    if isinstance(owner, nn.Module) and name in owner._modules:
+        return owner._modules[name]
+    return vars(owner).get(name, Absent)
+
+
+def label_of(owner: Any) -> str:
+    """Name of a module, class or the class of an object."""
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    return owner.__qualname__ if isinstance(owner, type) else type(owner).__qualname__
+
+
+def require(module: str, package: str, hint: str = "") -> ModuleType:
+    """Imports a module of another package.
+
+    Args:
+        module: its dotted name.
+        package: what to install for it.
+        hint: end of the message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: naming the package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} cannot be imported: install {package}{hint} ({error})") from error
+
+
+def optional(module: str) -> ModuleType | None:
+    """A module, or None where this version of its package has none of that name; errors inside of it are raised.
+
+    Args:
+        module: its dotted name.
+
+    Returns:
+        The module or None.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            return None
+        raise
+
+
+def check_parameters(function: Callable[..., Any], label: str, *accepted: Sequence[str]) -> None:
+    """Refuses a function whose parameters are not those that its replacement was written for.
+
+    Args:
+        function: what is to be replaced.
+        label: its name, for the message.
+        accepted: lists of parameter names, `*` and `**` before the names of variadic ones.
+
+    Raises:
+        UnknownSurface: naming expected and found parameters.
+    """
+    found = parameters(function)
+    if found not in [list(names) for names in accepted]:
+        wanted = " or ".join(f"({', '.join(names)})" for names in accepted)
+        raise UnknownSurface(f"{label} takes ({', '.join(found)}), expected {wanted}: this version is not known, nothing was patched")
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters, as :func:`check_parameters` compares them.
+
+    Args:
+        function: a function, method or class.
+
+    Returns:
+        The names, `*` and `**` before those of variadic ones.
+    """
+    marks: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return [marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
