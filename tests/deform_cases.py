@@ -93,7 +93,7 @@ def tolerance(case: Case, dtype: torch.dtype) -> Tensor:
     magnitude = case.double()
     magnitude = magnitude.with_tensors(magnitude.value.abs(), magnitude.locations, magnitude.weights.abs())
     unit = torch.finfo(dtype).eps
-    position = max(torch.finfo(torch.float32).eps if dtype != torch.float64 else unit, unit if dtype == torch.float64 else 0)
+    position = unit if dtype == torch.float64 else torch.finfo(torch.float32).eps
     largest = max(max(size) for size in case.shapes) if case.shapes else 0
     spread = magnitude.weights.sum(-1).repeat_interleave(case.value.shape[3], -1) * magnitude.value.max() * largest
     return 2 * unit * composed(magnitude) + 4 * position * spread

@@ -303,7 +303,7 @@ def test_nan_propagates_only_from_what_is_touched(method: str, device: str) -> N
     assert ms_deform_attn(value, [(2, 3)], location, weight * math.nan, method=method).isnan().all()
     there = torch.tensor((0.9, 0.2), device=device).view(1, 1, 1, 1, 2)
     assert ms_deform_attn(value, [(2, 3)], there, weight, method=method).isnan().all()
-    if method == "bilinear":  # a pixel of weight 0 counts as well: (2 / 3, 1 / 4) is the exact centre between columns 1 and 2
+    if method == "bilinear":  # x lies on column 1 exactly, where column 2 has weight 0: it is read all the same, as grid_sample does
         exact = torch.tensor((0.5, 0.25), device=device).view(1, 1, 1, 1, 2)
         assert ms_deform_attn(value, [(2, 3)], exact, weight).isnan().all()
 
