@@ -27,6 +27,7 @@ def ms_deform_attn(
     level_start_index: Tensor | None = None,
     num_points: Sequence[int] | None = None,
     method: Method = "bilinear",
+    deterministic: bool | None = None,
 ) -> Tensor:
     """Weighted sum of a few samples per query and head from every level of a feature pyramid (equation 3 of the paper, unprojected).
 
@@ -43,6 +44,7 @@ def ms_deform_attn(
         num_points: samples of each level, L ints that sum to K; by default K / L each.
         method: "bilinear", or "discrete" (RT-DETRv2, arXiv 2407.17140): the pixel at x · width + 0.5 and y · height + 0.5, truncated and
             clamped to the level; locations get gradient 0.
+        deterministic: whether the backward sums in a fixed order; by default as `torch.use_deterministic_algorithms` says then.
 
     Returns:
         [B, Q, M * C], dtype of `value`, contiguous.
@@ -58,7 +60,8 @@ def ms_deform_attn(
     _ms_deform_checks.check_samples(value, sampling_locations, attention_weights, levels, num_points, _NAMES)
     options = hw, num_points, _METHODS[method]
     if torch.is_grad_enabled() and (value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad):
-        result: Tensor = _MSDeformAttn.apply(value, shapes, start, sampling_locations, attention_weights, *options)  # type: ignore[no-untyped-call]
+        tensors = value, shapes, start, sampling_locations, attention_weights
+        result: Tensor = _MSDeformAttn.apply(*tensors, deterministic, *options)  # type: ignore[no-untyped-call]
         return result
     return _forward(*_layout(value, shapes, start, sampling_locations, attention_weights), *options)
 
@@ -72,6 +75,7 @@ def ms_deform_attn_gradients(
     *,
     level_start_index: Tensor | None = None,
     num_points: Sequence[int] | None = None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of bilinear :func:`ms_deform_attn` by explicit call, for code that has an autograd function of its own around it.
 
@@ -83,6 +87,7 @@ def ms_deform_attn_gradients(
         attention_weights: see `value`.
         level_start_index: see `value`.
         num_points: see `value`.
+        deterministic: see :func:`ms_deform_attn`.
 
     Returns:
         Gradients of value, sampling_locations and attention_weights, each with shape and dtype of its tensor.
@@ -97,7 +102,7 @@ def ms_deform_attn_gradients(
     _ms_deform_checks.check_grad_output(grad_output, value, attention_weights.shape[1])
     with torch.no_grad():
         tensors = value, shapes, start, sampling_locations, attention_weights
-        return _gradients(grad_output.to(value.dtype), *tensors, hw, num_points, sampling.BILINEAR)
+        return _gradients(grad_output.to(value.dtype), *tensors, deterministic, hw, num_points, sampling.BILINEAR)
 
 
 def _layout(
@@ -108,15 +113,22 @@ def _layout(
 
 
 def _gradients(
-    grad: Tensor, value: Tensor, shapes: Tensor | None, start: Tensor | None, locations: Tensor, weights: Tensor, *options: Any
+    grad: Tensor,
+    value: Tensor,
+    shapes: Tensor | None,
+    start: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    deterministic: bool | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of checked tensors in the form that they were given in; torch's switch alone decides whether sums have a fixed order.
+    """Gradients of checked tensors in the form that they were given in.
 
     Every backward has a path that sums in a fixed order, so none has to warn that it does not.
     """
     inputs = _layout(value, shapes, start, locations, weights)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_value, grad_locations, grad_weights = _backward(grad.contiguous(), *inputs, *options, deterministic)
+    fixed = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    grad_value, grad_locations, grad_weights = _backward(grad.contiguous(), *inputs, *options, fixed)
     shaped_like = _ms_deform_checks.shaped_like
     return grad_value, shaped_like(grad_locations, locations), shaped_like(grad_weights, weights)
 
@@ -197,9 +209,9 @@ class _MSDeformAttn(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, shapes: Any, start: Any, locations: Tensor, weights: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, value: Tensor, shapes: Any, start: Any, locations: Tensor, weights: Tensor, fixed: Any, *options: Any) -> Tensor:
         ctx.save_for_backward(value, shapes, start, locations, weights)
-        ctx.options = options
+        ctx.options = fixed, *options
         return _forward(*_layout(value, shapes, start, locations, weights), *options)
 
     @staticmethod
@@ -209,4 +221,4 @@ class _MSDeformAttn(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody will differentiate again
             grads = _boxes.once("ms_deform_attn", (grad, inputs[0], inputs[3], inputs[4]), grads)
         grad_value, grad_locations, grad_weights = grads
-        return grad_value, None, None, grad_locations, grad_weights, None, None, None
+        return grad_value, None, None, grad_locations, grad_weights, None, None, None, None

@@ -27,6 +27,7 @@ def ms_deform_attn_fused(
     level_start_index: Tensor | None = ...,
     num_points: Sequence[int] | None = ...,
     offset_scale: float = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -42,6 +43,7 @@ def ms_deform_attn_fused(
     level_start_index: Tensor | None = ...,
     num_points: Sequence[int] | None = ...,
     offset_scale: float = ...,
+    deterministic: bool | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -56,6 +58,7 @@ def ms_deform_attn_fused(
     level_start_index: Tensor | None = None,
     num_points: Sequence[int] | None = None,
     offset_scale: float = 0.5,
+    deterministic: bool | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`ms_deform_attn` of locations around reference points and of softmaxed weights, neither of which is ever stored.
@@ -73,6 +76,7 @@ def ms_deform_attn_fused(
         level_start_index: see :func:`ms_deform_attn`.
         num_points: see :func:`ms_deform_attn`.
         offset_scale: for references of four numbers.
+        deterministic: see :func:`ms_deform_attn`.
         return_lse: also return the log-sum-exp of the logits, without gradient: the attention weights are exp(logits - lse).
 
     Returns:
@@ -90,7 +94,7 @@ def ms_deform_attn_fused(
     options = hw, num_points, float(offset_scale)
     wanted = value.requires_grad or sampling_offsets.requires_grad or attention_logits.requires_grad or reference_points.requires_grad
     if wanted and torch.is_grad_enabled():
-        out, lse = _MSDeformAttnFused.apply(*tensors, *options)  # type: ignore[no-untyped-call]
+        out, lse = _MSDeformAttnFused.apply(*tensors, deterministic, *options)  # type: ignore[no-untyped-call]
     else:
         out, lse = _forward(*_layout(*tensors), *options)
     return (out, lse) if return_lse else out
@@ -206,11 +210,11 @@ class _MSDeformAttnFused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, shapes: Any, start: Any, points: Tensor, offsets: Tensor, logits: Tensor, *options: Any
+        ctx: Any, value: Tensor, shapes: Any, start: Any, points: Tensor, offsets: Tensor, logits: Tensor, fixed: Any, *options: Any
     ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(*_layout(value, shapes, start, points, offsets, logits), *options)
         ctx.save_for_backward(value, shapes, start, points, offsets, logits, lse)
-        ctx.options = options
+        ctx.deterministic, ctx.options = fixed, options
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -219,11 +223,11 @@ class _MSDeformAttnFused(torch.autograd.Function):
         *inputs, lse = ctx.saved_tensors
         value, _, _, points, offsets, logits = inputs
         need_points = ctx.needs_input_grad[3]
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        grads: Any = _backward(grad.contiguous(), *_layout(*inputs), *ctx.options, lse, need_points, deterministic)
+        fixed = torch.are_deterministic_algorithms_enabled() if ctx.deterministic is None else ctx.deterministic
+        grads: Any = _backward(grad.contiguous(), *_layout(*inputs), *ctx.options, lse, need_points, fixed)
         if torch.is_grad_enabled():  # somebody will differentiate again
             grads = _boxes.once("ms_deform_attn_fused", (grad, value, points, offsets, logits), grads)
         grad_value, grad_points, grad_offsets, grad_logits = grads
         shaped_like = _ms_deform_checks.shaped_like
         grad_samples = shaped_like(grad_offsets, offsets), shaped_like(grad_logits, logits)
-        return grad_value, None, None, shaped_like(grad_points, points) if need_points else None, *grad_samples, None, None, None
+        return grad_value, None, None, shaped_like(grad_points, points) if need_points else None, *grad_samples, None, None, None, None
