@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssod_fast.ops import ms_deform_attn, ms_deform_attn_fused
+from ssod_fast.ops import _ms_deform_checks, ms_deform_attn, ms_deform_attn_fused
 
 SHAPES = [(2, 3), (1, 2)]  # 8 tokens
 
@@ -139,3 +139,48 @@ def test_integers_of_other_kinds_are_sizes() -> None:
     assert torch.equal(plain(spatial_shapes=tuple(torch.zeros(s).shape for s in SHAPES)), expected)
     assert torch.equal(plain(num_points=(1, 3)), expected)
     assert torch.equal(plain(num_points=np.array([1, 3])), expected)
+
+
+def as_kernels_read(samples: Tensor) -> Tensor:
+    """[B, Q, ...] from its memory, with one stride for the rows (b, q) and dense rows."""
+    batch, queries, *inner = samples.shape
+    row = samples.stride(0 if queries == 1 else 1)
+    dense = torch.empty(inner, device="meta").stride()
+    return samples.as_strided((batch * queries, *inner), (row, *dense)).view(samples.shape)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_layout_that_kernels_read(batch: int, queries: int) -> None:
+    value = torch.randn(batch, 8, 3, 4)
+    whole = torch.randn(batch, queries, 3, 4, 2)
+    others = [
+        whole,
+        whole.unflatten(3, (2, 2)),
+        torch.randn(batch, queries, 3, 2, 4, 2).transpose(3, 4)[:, :, :, :2, :2],
+        torch.randn(queries, batch, 3, 4, 2).transpose(0, 1),
+        torch.randn(batch, 3, queries, 4, 2).transpose(1, 2),
+        torch.randn(batch, queries, 40)[..., 9:33].unflatten(2, (3, 4, 2)),
+        torch.randn(batch, queries + 3, 3, 4, 2)[:, :queries],
+        torch.randn(batch, queries, 3, 4, 1).expand(-1, -1, -1, -1, 2),
+        torch.randn(1, 1, 3, 4, 2).expand(batch, queries, -1, -1, -1),
+    ]
+    for positions in others:
+        for weights in (positions[..., 0], positions[..., 0].contiguous(), positions[..., 0].double()):
+            flat = _ms_deform_checks.flat_samples(value, positions, weights)
+            for given, laid in zip((positions, weights), flat, strict=True):
+                assert laid.shape == (batch, queries, 3, 4, 2)[: laid.dim()]
+                assert laid.dtype == torch.float32
+                assert torch.equal(as_kernels_read(laid), given.reshape(laid.shape).float())
+
+
+def test_views_that_kernels_can_read_are_not_copied() -> None:
+    value = torch.randn(2, 8, 3, 4)
+    packed = torch.randn(2, 5, 40)
+    positions, weights = packed[..., :24].unflatten(2, (3, 4, 2)), packed[..., 24:36].unflatten(2, (3, 4))
+    for given, laid in zip((positions, weights), _ms_deform_checks.flat_samples(value, positions, weights), strict=True):
+        assert laid.data_ptr() == given.data_ptr()
+    tokens = torch.randn(2, 9, 5, 4)[:, 1:, :3]
+    assert _ms_deform_checks.dense_tokens(tokens) is tokens
+    for scattered in (value[..., ::2], value.transpose(1, 2), value.transpose(2, 3)):
+        assert _ms_deform_checks.dense_tokens(scattered).is_contiguous()
