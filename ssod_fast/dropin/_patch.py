@@ -49,6 +49,7 @@ class Patched:
 
     places: tuple[str, ...]
     _new: tuple[Place, ...] = field(repr=False)
+    _undo: tuple[Callable[[], object], ...] = field(default=(), repr=False)  # what is to be called in the end, harmless a second time
 
     @property
     def count(self) -> int:
@@ -59,6 +60,8 @@ class Patched:
         """Puts back what this very call replaced; a second time nothing."""
         for place in reversed(self._new):
             restore(place.owner, place.name)
+        for call in self._undo:
+            call()
 
     def __enter__(self) -> Patched:
         return self
@@ -100,6 +103,14 @@ class Plan:
             raise NothingPatched(nothing)
         new = [place for place, value in self._steps if replace(place.owner, place.name, value)]
         return Patched(tuple(place.label for place, _ in self._steps), tuple(new))
+
+    def revert(self) -> int:
+        """Puts back the original wherever a planned replacement was made, by whatever call.
+
+        Returns:
+            How many places.
+        """
+        return sum(restore(place.owner, place.name) for place, _ in reversed(self._steps))
 
 
 def replace(owner: Any, name: str, new: Any) -> bool:
