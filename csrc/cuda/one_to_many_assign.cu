@@ -12,7 +12,8 @@ namespace ssod {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kSharedBytes = 48 << 10;  // what a block may have without asking for more
+// What is left of the shared memory that a block may have without asking for more.
+constexpr int64_t kSharedBytes = (48 << 10) - sizeof(BlockExchange<kThreads>);
 
 using Team = BlockTeam<kThreads>;
 
