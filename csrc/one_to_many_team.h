@@ -66,14 +66,14 @@ struct AssignState {
 };
 
 // Unsigned integers in the order of the floats.
-SSOD_HD uint32_t orderable(float x) {
+SSOD_HD uint32_t ordered_bits(float x) {
   const uint32_t bits = bits_as<uint32_t>(x + 0.0f);  // -0 is 0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // The largest wins: the best contest, then the lowest target. Never 0.
 SSOD_HD unsigned long long pack_claim(float contest, int64_t row) {
-  return (static_cast<unsigned long long>(orderable(contest)) << 32) | (0xffffffffu - static_cast<uint32_t>(row));
+  return (static_cast<unsigned long long>(ordered_bits(contest)) << 32) | (0xffffffffu - static_cast<uint32_t>(row));
 }
 
 SSOD_HD int64_t claimed_row(unsigned long long claim) {
