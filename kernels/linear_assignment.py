@@ -20,6 +20,7 @@ from ._rows import row_bounds, row_range
 
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 NOWHERE: tl.constexpr = tl.constexpr(2**62)  # beyond every packed (order, column)
+MARGIN: tl.constexpr = tl.constexpr(2.0**-40)  # relative, of the price of an invalid entry
 INVALID_ENTRIES, INVALID_PAIR, UNMATCHED_TARGET = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 MIN_BLOCK, MAX_BLOCK = 16, 1024
 SIZES = ["rows", "queries", "batch", "groups", "repeats", "stride_layer", "stride_row"]  # no variant per value
@@ -66,7 +67,10 @@ def row_extrema_kernel(
 
 @triton.jit
 def _price_of_invalid(p_low, p_high, p_invalid, targets, pairs, BLOCK: tl.constexpr):
-    """What an invalid entry costs, so that as few as possible are taken: max + pairs (max - min) + 1; and whether there is any."""
+    """What an invalid entry costs, so that as few as possible are taken: max + pairs (max - min) + 1; and whether there is any.
+
+    The 1 would vanish beside 1e30, so it grows with the largest magnitude.
+    """
     lowest, highest = tl.full((), INFINITY, tl.float64), tl.full((), -INFINITY, tl.float64)
     invalid, start = 0, 0
     while start < targets:
@@ -76,7 +80,8 @@ def _price_of_invalid(p_low, p_high, p_invalid, targets, pairs, BLOCK: tl.conste
         highest = tl.maximum(highest, tl.max(tl.load(p_high + i_row, mask=inside, other=-INFINITY), 0))
         invalid = tl.maximum(invalid, tl.max(tl.load(p_invalid + i_row, mask=inside, other=0), 0))
         start += BLOCK
-    price = tl.where(lowest <= highest, highest + pairs.to(tl.float64) * (highest - lowest) + 1.0, 1.0)
+    margin = tl.maximum(tl.maximum(tl.abs(lowest), tl.abs(highest)) * MARGIN, 1.0)
+    price = tl.where(lowest <= highest, highest + pairs.to(tl.float64) * (highest - lowest) + margin, 1.0)
     return price, invalid > 0
 
 

@@ -93,6 +93,12 @@ def test_invalid_entries_are_taken_only_where_nothing_else_is_left() -> None:
     assert solve(torch.full((2, 3), NAN))[0].tolist() == [[[0, 1]]]
 
 
+def test_invalid_entries_cost_more_than_huge_ones() -> None:
+    """The second row would tie with its invalid first entry if 1 were all that a price has above the largest cost."""
+    query, _, status = solve(torch.tensor([[NAN, 1e30, NAN, NAN], [NAN, 1e30, 1e30, NAN]]))
+    assert (query.tolist(), status.tolist()) == ([[[1, 2]]], [[[1]]])
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "binary", "huge", "invalid"])
 def test_equal_to_scipy(kind: str) -> None:
     generator = torch.Generator().manual_seed(len(kind))
