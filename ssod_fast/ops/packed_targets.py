@@ -145,7 +145,7 @@ def _weights(weights: Tensor | None, boxes: Tensor) -> Tensor:
 def _upload_together(parts: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
     """Joins each part along its rows and moves all of them to `device` in one copy out of one pinned block."""
     if device.type == "cpu":
-        return [part[0] if len(part) == 1 else torch.cat(list(part)).to(device) for part in parts]
+        return [(part[0] if len(part) == 1 else torch.cat(list(part))).to(device) for part in parts]
     if any(tensor.device.type != "cpu" for part in parts for tensor in part):
         return [torch.cat(list(part)).to(device, non_blocking=True) for part in parts]
     block, segments = _stage(parts, pinned=device.type == "cuda")

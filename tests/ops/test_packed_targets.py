@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssod_fast.ops import PackedTargets, pack_targets
 from ssod_fast.ops.packed_targets import _stage, _upload_together
@@ -74,6 +75,14 @@ def test_parts_lie_in_one_aligned_block() -> None:
 def test_upload_of_a_list_that_is_on_the_device_already() -> None:
     moved = _upload_together([[torch.zeros(2, device="meta")], [torch.zeros(3, 4), torch.zeros(1, 4)]], torch.device("meta"))
     assert [tuple(tensor.shape) for tensor in moved] == [(2,), (4, 4)]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_list_is_moved_to_the_host(images: int) -> None:
+    with FakeTensorMode():
+        one = {"labels": torch.zeros(2, dtype=torch.int64, device="cuda"), "boxes": torch.zeros(2, 4, device="cuda")}
+        packed = pack_targets([one] * images, "cpu")
+    assert {t.device.type for t in (packed.labels, packed.boxes, packed.offsets, packed.image)} == {"cpu"}
 
 
 def test_list_is_moved_to_another_device() -> None:
