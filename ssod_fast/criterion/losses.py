@@ -296,7 +296,8 @@ class _ClassTerms(torch.autograd.Function):
         x = _wide(logits).flatten(1)
         p = x.sigmoid()
         slope = p if ctx.detach else (1 - p).mul_(F.softplus(x)).mul_(ctx.gamma).add_(p)
-        dense = (p**ctx.gamma).mul_(slope).mul_(of_sum.unsqueeze(1))
+        factor = (p.detach() if ctx.detach else p) ** ctx.gamma  # as a constant it stays one if somebody differentiates again
+        dense = factor.mul_(slope).mul_(of_sum.unsqueeze(1))
         _add_entries(dense, index, of_pairs)
         return dense.view(logits.shape).to(logits.dtype), None, None, None
 

@@ -167,6 +167,17 @@ def test_gradcheck(name: str) -> None:
         assert torch.autograd.gradgradcheck(lambda x: matched_focal_loss(x, targets, matches), logits)
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_second_derivatives(name: str) -> None:
+    """What is a constant for the gradient is one for the gradient's gradient too."""
+    logits, boxes, targets, matches = random_case()
+    logits.requires_grad_()
+    losses = call(name, logits, boxes, targets, matches, norm=1.0), dense_loss(name, logits, boxes, pack_targets(targets), matches)
+    gradients = [torch.autograd.grad(loss.sum(), logits, create_graph=True)[0] for loss in losses]
+    seconds = [torch.autograd.grad(gradient.square().sum(), logits)[0] for gradient in gradients]
+    torch.testing.assert_close(*seconds, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
 def test_dtypes(name: str, dtype: torch.dtype) -> None:
