@@ -1,0 +1,70 @@
+"""Inputs and comparisons that the tests of the drop-ins share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = ((5, 7), (3, 4), (2, 2))
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+class OurOps(TorchDispatchMode):
+    """Collects the names of our ops that run, and of backwards whether their sums are to have a fixed order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.deterministic: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ssod_fast":
+            self.names.append(func.name().removeprefix("ssod_fast::"))
+            if self.names[-1].endswith("_backward"):
+                self.deterministic.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def level_tensors(shapes: Sequence[Sequence[int]] = SHAPES) -> tuple[Tensor, Tensor]:
+    """Sizes [L, 2] and first tokens [L]."""
+    sizes = torch.tensor(shapes)
+    return sizes, torch.cat((torch.zeros(1, dtype=torch.int64), sizes.prod(1).cumsum(0)[:-1]))
+
+
+def samples(
+    batch: int = 2, queries: int = 6, heads: int = 4, channels: int = 8, points: int = 2, shapes: Sequence[Sequence[int]] = SHAPES
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, 6-D locations (some outside) and softmaxed weights, all of them leaves."""
+    tokens = sum(h * w for h, w in shapes)
+    value = torch.randn(batch, tokens, heads, channels)
+    locations = torch.rand(batch, queries, heads, len(shapes), points, 2) * 1.4 - 0.2
+    weights = torch.randn(batch, queries, heads, len(shapes), points).flatten(3).softmax(-1).unflatten(3, (len(shapes), points))
+    return value.requires_grad_(), locations.requires_grad_(), weights.requires_grad_()
+
+
+def perturb(model: nn.Module) -> None:
+    """Random parameters: initial offsets are whole pixels, where gradients of positions jump."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def gradients(function: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
+    """The result and the gradients of a random weighted sum of it; None where nothing depends on a leaf."""
+    out = function()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    return out.detach(), *torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
+
+
+def assert_same(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Equal within float32 rounding; None only where the other has None."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, **CLOSE)

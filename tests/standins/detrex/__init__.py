@@ -1,0 +1,1 @@
+"""Has the surface of detrex around deformable attention."""

@@ -1,0 +1,1 @@
+"""Has the surface of GroundingDINO around deformable attention; survives a missing extension."""

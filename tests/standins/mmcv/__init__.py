@@ -1,0 +1,1 @@
+"""Has the surface of mmcv around deformable attention."""
