@@ -105,4 +105,147 @@ SSOD_CLONES static void sum_samples(const V* value, int64_t stride, int64_t chan
   }
 }
 
+// Sums of the lanes of four vectors.
+template <int kLanes, typename T>
+SSOD_HD void sums_of_lanes(const typename Lanes<T, kLanes>::type* v, T* sums) {
+  if constexpr (kLanes == 1) {
+    std::memcpy(sums, v, 4 * sizeof(T));
+  } else if constexpr (kLanes == 4) {
+    using Four = typename Lanes<T, 4>::type;
+    const Four ab = __builtin_shufflevector(v[0], v[1], 0, 1, 4, 5) + __builtin_shufflevector(v[0], v[1], 2, 3, 6, 7);
+    const Four cd = __builtin_shufflevector(v[2], v[3], 0, 1, 4, 5) + __builtin_shufflevector(v[2], v[3], 2, 3, 6, 7);
+    const Four total = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+    std::memcpy(sums, &total, sizeof(total));
+  } else {
+    typename Lanes<T, kLanes / 2>::type halves[4];
+    for (int c = 0; c < 4; ++c) {
+      typename Lanes<T, kLanes / 2>::type low, high;
+      std::memcpy(&low, &v[c], sizeof(low));
+      std::memcpy(&high, reinterpret_cast<const char*>(&v[c]) + sizeof(low), sizeof(high));
+      halves[c] = low + high;
+    }
+    sums_of_lanes<kLanes / 2, T>(halves, sums);
+  }
+}
+
+template <int kLanes, typename V, typename Vector>
+SSOD_HD void add_product(const Vector& a, const V* b, Vector& sum) {
+  Vector other;
+  load_lanes<kLanes>(b, other);
+  sum += a * other;
+}
+
+// Adds to dots [n, 4] the products of `grad` with the corners of samples [first, last), over kVectors * kLanes
+// channels.
+template <int kVectors, int kLanes, typename V, typename T, typename I>
+SSOD_HD void dot_block(const V* value, int64_t stride, const SampleView<T, I>& s, int64_t first, int64_t last,
+                       const T* grad, T* dots) {
+  using Vector = typename Lanes<T, kLanes>::type;
+  Vector g[kVectors];
+  std::memcpy(g, grad, sizeof(g));
+  for (int64_t i = first; i < last; ++i) {
+    const V* above = value + s.row[i] * stride;
+    const V* below = above + s.width[i] * stride;
+    Vector products[4] = {};
+    if (s.inside[i] == kAllInside) {
+      for (int v = 0; v < kVectors; ++v) {
+        add_product<kLanes>(g[v], above + v * kLanes, products[0]);
+        add_product<kLanes>(g[v], above + stride + v * kLanes, products[1]);
+        add_product<kLanes>(g[v], below + v * kLanes, products[2]);
+        add_product<kLanes>(g[v], below + stride + v * kLanes, products[3]);
+      }
+    } else {
+      const V* corners[] = {above, above + stride, below, below + stride};
+      for (int c = 0; c < 4; ++c) {
+        for (int v = 0; v < kVectors && (s.inside[i] >> c & 1); ++v) {
+          add_product<kLanes>(g[v], corners[c] + v * kLanes, products[c]);
+        }
+      }
+    }
+    T sums[4];
+    sums_of_lanes<kLanes, T>(products, sums);
+    for (int c = 0; c < 4; ++c) {
+      dots[4 * i + c] += sums[c];
+    }
+  }
+}
+
+template <typename V, typename T, typename I>
+struct BlockDots {
+  const V* value;
+  int64_t stride;
+  const SampleView<T, I>& samples;
+  int64_t first, last;
+  const T* grad;
+  T* dots;
+
+  template <typename Vectors, typename Width>
+  SSOD_HD void operator()(int64_t c, Vectors, Width) const {
+    dot_block<Vectors::value, Width::value>(value + c, stride, samples, first, last, grad + c, dots);
+  }
+};
+
+// dots[i] = products of the gradient of sample i's query with its four corners, 0 for a corner that does not count.
+template <typename V, typename T, typename I>
+SSOD_CLONES static void dot_samples(const V* value, int64_t stride, int64_t channels, const SampleView<T, I> samples,
+                                    int64_t queries, int64_t count, const T* grad, int64_t grad_stride, T* dots) {
+  std::memset(dots, 0, 4 * queries * count * sizeof(T));
+  for (int64_t q = 0; q < queries; ++q) {
+    for_each_block<T>(
+        channels, BlockDots<V, T, I>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride, dots});
+  }
+}
+
+template <int kLanes, typename Vector, typename T>
+SSOD_HD void add_scaled(const Vector& grad, T share, T* to) {
+  Vector sum;
+  std::memcpy(&sum, to, sizeof(sum));
+  sum += share * grad;
+  std::memcpy(to, &sum, sizeof(sum));
+}
+
+// Adds the shares of `grad` to the corners of samples [first, last), over kVectors * kLanes channels.
+template <int kVectors, int kLanes, typename T, typename I>
+SSOD_HD void scatter_block(T* value, int64_t stride, const SampleView<T, I>& s, int64_t first, int64_t last,
+                           const T* grad) {
+  using Vector = typename Lanes<T, kLanes>::type;
+  Vector g[kVectors];
+  std::memcpy(g, grad, sizeof(g));
+  for (int64_t i = first; i < last; ++i) {
+    T* above = value + s.row[i] * stride;
+    T* below = above + s.width[i] * stride;
+    T* corners[] = {above, above + stride, below, below + stride};
+    const T shares[] = {s.w00[i], s.w01[i], s.w10[i], s.w11[i]};
+    for (int c = 0; c < 4; ++c) {
+      for (int v = 0; v < kVectors && (s.inside[i] >> c & 1); ++v) {
+        add_scaled<kLanes>(g[v], shares[c], corners[c] + v * kLanes);
+      }
+    }
+  }
+}
+
+template <typename T, typename I>
+struct BlockScatter {
+  T* value;
+  int64_t stride;
+  const SampleView<T, I>& samples;
+  int64_t first, last;
+  const T* grad;
+
+  template <typename Vectors, typename Width>
+  SSOD_HD void operator()(int64_t c, Vectors, Width) const {
+    scatter_block<Vectors::value, Width::value>(value + c, stride, samples, first, last, grad + c);
+  }
+};
+
+// Adds the gradients of all queries to the pixels that their samples read.
+template <typename T, typename I>
+SSOD_CLONES static void scatter_samples(T* value, int64_t stride, int64_t channels, const SampleView<T, I> samples,
+                                        int64_t queries, int64_t count, const T* grad, int64_t grad_stride) {
+  for (int64_t q = 0; q < queries; ++q) {
+    for_each_block<T>(channels,
+                      BlockScatter<T, I>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride});
+  }
+}
+
 }  // namespace ssod

@@ -13,8 +13,11 @@ namespace ssod {
 
 constexpr int64_t kTileSamples = 256;  // all arrays of a tile together fill half of a 48 KiB L1
 
+// Whole vectors of queries where they fit.
 inline int64_t tile_queries(const DeformProblem& p) {
-  return std::clamp<int64_t>(kTileSamples / std::max<int64_t>(1, p.samples), 1, std::max<int64_t>(1, p.queries));
+  const int64_t fitting = kTileSamples / std::max<int64_t>(1, p.samples);
+  const int64_t rounded = fitting > 16 ? fitting / 16 * 16 : fitting;
+  return std::clamp<int64_t>(rounded, 1, std::max<int64_t>(1, p.queries));
 }
 
 // Tables per sample of a whole tile: the K samples of a query, repeated for each of its queries.
@@ -147,34 +150,42 @@ SSOD_CLONES static void sample_shares(const T* __restrict fx, const T* __restric
   }
 }
 
-// Softmax of each row of logits [rows, count] in place, and its log-sum-exp. Statistics run over rows inside of
-// columns: a running value along a row would not vectorise.
 template <typename T>
-SSOD_CLONES static void softmax_rows(T* __restrict logits, int64_t rows, int64_t count, T* __restrict maximum,
-                                     T* __restrict sum, T* __restrict lse) {
+SSOD_HD void transpose(const T* __restrict from, int64_t rows, int64_t columns, T* __restrict to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      to[c * rows + r] = from[r * columns + c];
+    }
+  }
+}
+
+// Softmax of each row of logits [rows, count] in place, and its log-sum-exp; `columns` [count, rows], `maximum` and
+// `sum` are scratch. Rows are lanes: a running maximum along a row would not vectorise.
+template <typename T>
+SSOD_CLONES static void softmax_rows(T* __restrict logits, int64_t rows, int64_t count, T* __restrict columns,
+                                     T* __restrict maximum, T* __restrict sum, T* __restrict lse) {
   std::fill_n(maximum, rows, minus_infinity<T>());
   std::fill_n(sum, rows, T(0));
+  transpose(logits, rows, count, columns);
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t r = 0; r < rows; ++r) {
-      maximum[r] = logit_maximum(maximum[r], logits[r * count + k]);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const T shift = softmax_shift(maximum[r]);
-    for (int64_t k = 0; k < count; ++k) {
-      logits[r * count + k] = fast_exp(logits[r * count + k] - shift);
+      maximum[r] = logit_maximum(maximum[r], columns[k * rows + r]);
     }
   }
   for (int64_t k = 0; k < count; ++k) {
     for (int64_t r = 0; r < rows; ++r) {
-      sum[r] += logits[r * count + k];
+      columns[k * rows + r] = fast_exp(columns[k * rows + r] - softmax_shift(maximum[r]));
+      sum[r] += columns[k * rows + r];
     }
   }
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t r = 0; r < rows; ++r) {
+      columns[k * rows + r] /= sum[r];
+    }
+  }
+  transpose(columns, count, rows, logits);
   for (int64_t r = 0; r < rows; ++r) {
     lse[r] = log_sum_exp(maximum[r], fast_log(sum[r]));
-    for (int64_t k = 0; k < count; ++k) {
-      logits[r * count + k] /= sum[r];
-    }
   }
 }
 
@@ -243,8 +254,8 @@ class DeformTile {
     });
   }
 
-  // Turns logits into weights; lse [count].
-  void softmax(T* lse) { softmax_rows(weight, range.count, p_.samples, maximum_, sum_, lse); }
+  // Turns logits into weights; lse [count]. The shares are not there yet: the first of them serves as scratch.
+  void softmax(T* lse) { softmax_rows(weight, range.count, p_.samples, w00, maximum_, sum_, lse); }
 
   void softmax_of(const T* lse, int64_t stride) { exponentials(weight, range.count, p_.samples, lse, stride); }
 
