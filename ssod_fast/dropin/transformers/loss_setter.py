@@ -1,0 +1,84 @@
+"""Gives a model of transformers one of our losses through its public setter."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .._patch import Patched, Plan, UnknownSurface, check_parameters, require, restore
+from .losses import DeformableDetrLoss, DetrLoss, DFineLoss, GroundingDinoLoss, Loss, LwDetrLoss, RTDetrLoss
+from .models import check_version
+
+
+class _Family(NamedTuple):
+    """Our loss and the parameters of the one that it replaces."""
+
+    loss: type[Loss]
+    parameters: tuple[str, ...]
+
+
+_DETR = ("logits", "labels", "device", "pred_boxes", "config", "outputs_class", "outputs_coord", "**kwargs")
+_RT_DETR = (*_DETR[:7], "enc_topk_logits", "enc_topk_bboxes", "denoising_meta_values", "**kwargs")
+_D_FINE = (*_RT_DETR[:10], "predicted_corners", "initial_reference_points", "**kwargs")
+_LW_DETR = (*_DETR[:7], "enc_outputs_class", "enc_outputs_coord", "**kwargs")
+_GROUNDING_DINO = (
+    *_DETR[:5], "label_maps", "text_mask", "outputs_class", "outputs_coord", "encoder_logits", "encoder_pred_boxes",
+)  # fmt: skip
+_FAMILIES = {
+    "ForObjectDetection": _Family(DetrLoss, _DETR),
+    "DeformableDetrForObjectDetection": _Family(DeformableDetrLoss, _DETR),
+    "ConditionalDetrForObjectDetection": _Family(DeformableDetrLoss, _DETR),
+    "DabDetrForObjectDetection": _Family(DeformableDetrLoss, _DETR),
+    "RTDetrForObjectDetection": _Family(RTDetrLoss, _RT_DETR),
+    "RTDetrV2ForObjectDetection": _Family(RTDetrLoss, _RT_DETR),
+    "DFineForObjectDetection": _Family(DFineLoss, _D_FINE),
+    "LwDetrForObjectDetection": _Family(LwDetrLoss, _LW_DETR),
+    "RfDetrForObjectDetection": _Family(LwDetrLoss, _LW_DETR),
+    "GroundingDinoForObjectDetection": _Family(GroundingDinoLoss, _GROUNDING_DINO),
+    "MMGroundingDinoForObjectDetection": _Family(GroundingDinoLoss, _GROUNDING_DINO),
+}
+
+
+def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
+    """Makes a detector of transformers compute its loss by our matching, with a weight per target box.
+
+    Labels are those of transformers; each image may have one more key with the weights of its boxes, for instance the confidence of pseudo
+    labels. Without weights, values and gradients are those of transformers. The loss survives `copy.deepcopy` and is not part of a config.
+
+    Args:
+        model: DETR, Conditional DETR, DAB-DETR, Deformable DETR, YOLOS, RT-DETR, RT-DETRv2, D-FINE, LW-DETR, RF-DETR, Grounding DINO or
+            MM Grounding DINO, `...ForObjectDetection`.
+        weights_key: key of the weights, float [N], in the labels of an image.
+
+    Returns:
+        What is replaced now.
+
+    Raises:
+        TypeError: if `model` is no detector of transformers whose loss is known here.
+        ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
+    """
+    check_version()
+    kind = getattr(model, "loss_type", None)
+    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise TypeError(f"model must be one of {', '.join(_FAMILIES)}, got {type(model).__name__} with loss type {kind!r}")
+    mapping: dict[str, Any] = require("transformers.loss.loss_utils", "transformers>=5.17,<6").LOSS_MAPPING
+    check_parameters(mapping[str(kind)], f"the loss of {kind}", family.parameters)
+    if not isinstance(getattr(type(model), "loss_function", None), property):
+        raise UnknownSurface(f"{type(model).__name__}.loss_function is no property: this version is not known, nothing was patched")
+    plan = Plan()
+    plan.add(model, "_loss_function", family.loss(weights_key), f"{type(model).__name__}.loss_function")
+    return plan.apply(f"{type(model).__name__} has no loss")
+
+
+def unset_loss(model: nn.Module) -> int:
+    """Takes :func:`set_loss` back.
+
+    Args:
+        model: a model, or a copy of one.
+
+    Returns:
+        1, or 0 if the model has its own loss.
+    """
+    return int(restore(model, "_loss_function"))
