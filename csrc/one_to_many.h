@@ -13,8 +13,8 @@ namespace ssod {
 
 enum class AssignRule : int64_t { tal, tal_any, simota, soft_label, atss };
 
-constexpr bool is_cost(AssignRule rule) { return rule == AssignRule::simota || rule == AssignRule::soft_label; }
-constexpr bool is_aligned(AssignRule rule) { return rule == AssignRule::tal || rule == AssignRule::tal_any; }
+SSOD_HD constexpr bool is_cost(AssignRule rule) { return rule == AssignRule::simota || rule == AssignRule::soft_label; }
+SSOD_HD constexpr bool is_aligned(AssignRule rule) { return rule == AssignRule::tal || rule == AssignRule::tal_any; }
 
 constexpr int kMaxLevels = 16;
 constexpr float kInsideMargin = 0.01f;  // pixels: how far a centre must be inside for "tal" with priors and "atss"
