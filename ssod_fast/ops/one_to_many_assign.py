@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _boxes, _overlaps
-from ._image_rows import as_rows, readable
+from ._image_rows import as_int64, as_rows
 from ._one_to_many import (
     ANY_TARGET,
     ATSS,
@@ -30,6 +30,7 @@ from ._one_to_many import (
 )
 from ._registry import register
 from .box_iou import Format
+from .matching_cost import FOCAL, NO_CLASS, _check_targets
 from .packed_targets import AnyTargets, PackedTargets, pack_targets
 
 
@@ -139,15 +140,13 @@ def one_to_many_assign(
         conflict=conflict,
         keep_one=keep_one,
     )
-    if scores is not None and rule != "atss":
-        _check_labels(packed, scores.shape[-1])
     result = _op(
         scores,
         boxes if boxes.stride(-1) == 1 else boxes.contiguous(),
         packed.labels.contiguous(),
         packed.boxes.detach().float().contiguous(),
-        packed.offsets,
-        None if packed.counts is None else packed.counts.to(torch.int64),
+        None if packed.offsets is None else as_int64(packed.offsets),
+        None if packed.counts is None else as_int64(packed.counts),
         _check_priors(priors, rule, queries, boxes.device),
         _check_sizes(image_hw, packed.batch, boxes.device),
         *options,
@@ -175,11 +174,10 @@ def _check_queries(scores: Tensor | None, boxes: Tensor, targets: PackedTargets,
         raise ValueError(f"boxes must have shape [L, B, Q, 4] or [B, Q, 4], got {list(boxes.shape)}")
     if scores is not None and scores.shape[:-1] != boxes.shape[:-1]:
         raise ValueError(f"scores and boxes must agree but for the last dimension, got {list(scores.shape)} and {list(boxes.shape)}")
-    if boxes.shape[-3] != targets.batch:
-        raise ValueError(f"targets must have as many images as boxes, {boxes.shape[-3]}, got {targets.batch}")
-    for name, value in (("scores", scores), ("targets", targets.boxes)):
-        if value is not None and value.device != boxes.device:
-            raise ValueError(f"{name} and boxes must be on one device, got {value.device} and {boxes.device}")
+    if scores is not None and scores.device != boxes.device:
+        raise ValueError(f"scores and boxes must be on one device, got {scores.device} and {boxes.device}")
+    by_class = scores is not None and rule != "atss"
+    _check_targets(targets, boxes, scores.shape[-1] if scores is not None else 0, FOCAL if by_class else NO_CLASS)
     return boxes.dim() == 4
 
 
@@ -211,19 +209,6 @@ def _check_sizes(image_hw: Tensor | None, batch: int, device: torch.device) -> T
     if sizes.device != device:
         raise ValueError(f"image_hw and boxes must be on one device, got {sizes.device} and {device}")
     return sizes
-
-
-def _check_labels(targets: PackedTargets, classes: int) -> None:
-    """Refuses labels out of range where the host can read them; padding rows may hold anything."""
-    labels = targets.labels
-    if not readable(labels) or labels.numel() == 0:
-        return
-    values = labels.numpy()
-    wrong = (values < 0) | (values >= classes)
-    if wrong.any():
-        owned = _owners(targets.offsets, targets.counts, targets.batch, targets.rows, labels.device)[1].numpy()
-        if (wrong & owned).any():
-            raise ValueError(f"targets: labels must lie in 0..{classes - 1}, got {values[wrong & owned][0]}")
 
 
 def _owners(offsets: Tensor | None, counts: Tensor | None, batch: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

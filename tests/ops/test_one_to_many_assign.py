@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -288,7 +289,7 @@ def test_nothing(device: str, name: str, sizes: tuple[int, ...], queries: int, l
 
 def test_labels_out_of_range() -> None:
     targets = [{"boxes": BOXES[0, :2], "labels": torch.tensor([0, 2])}]
-    with pytest.raises(ValueError, match=r"targets: labels must lie in 0\.\.1, got 2"):
+    with pytest.raises(ValueError, match=r"labels of targets must lie in 0 \.\. 1, got 0 \.\. 2"):
         one_to_many_assign(PROBABILITIES, BOXES, targets)
     op = torch.ops.ssod_fast.one_to_many_assign
     packed = pack_targets(targets)
@@ -384,10 +385,21 @@ def test_bad_tensors() -> None:
         one_to_many_assign(PROBABILITIES, BOXES[..., :3], TARGETS)
     with pytest.raises(ValueError, match=r"scores and boxes must agree but for the last dimension, got \[1, 4, 2\] and \[1, 5, 4\]"):
         one_to_many_assign(PROBABILITIES[:, :4], BOXES, TARGETS)
-    with pytest.raises(ValueError, match="targets must have as many images as boxes, 1, got 2"):
+    with pytest.raises(ValueError, match="targets must be of as many images as boxes, 1, got 2"):
         one_to_many_assign(PROBABILITIES, BOXES, TARGETS * 2)
     with pytest.raises(ValueError, match="scores and boxes must be on one device, got meta and cpu"):
         one_to_many_assign(PROBABILITIES.to("meta"), BOXES, TARGETS)
+    packed = pack_targets(TARGETS)
+    with pytest.raises(TypeError, match=r"labels of targets must be int64, got torch\.int32"):
+        one_to_many_assign(PROBABILITIES, BOXES, replace(packed, labels=packed.labels.int()))
+    with pytest.raises(ValueError, match=r"targets must have labels \[G\] and boxes \[G, 4\], got \[2\] and \[1, 4\]"):
+        one_to_many_assign(PROBABILITIES, BOXES, replace(packed, boxes=packed.boxes[:1]))
+    with pytest.raises(ValueError, match=r"offsets of targets must be \[2\], got \[1\]"):
+        one_to_many_assign(PROBABILITIES, BOXES, replace(packed, offsets=packed.offsets[:1]))
+    with pytest.raises(ValueError, match=r"offsets of targets must rise from 0 to the number of boxes \(2\), got \[0, 7\]"):
+        one_to_many_assign(PROBABILITIES, BOXES, replace(packed, offsets=torch.tensor([0, 7])))
+    narrow = replace(packed, offsets=packed.offsets.int())
+    assert torch.equal(one_to_many_assign(PROBABILITIES, BOXES, narrow).target, one_to_many_assign(PROBABILITIES, BOXES, packed).target)
 
 
 @pytest.mark.parametrize("name", ["tal", "tal-priors", "tal_any-trimmed-keep-one", "simota", "soft_label-keep-one", "atss-priors-keep-one"])
