@@ -118,7 +118,7 @@ def plan_core_function(plan: Plan, module: ModuleType, name: str, deterministic:
     original = require_attribute(module, name)
     check_parameters(original, f"{module.__name__}.{name}", CORE)
     replacement = core_function(original, deterministic)
-    for owner in {module, *holders(original, name)}:
+    for owner in dict.fromkeys((module, *holders(original, name))):
         plan.add(owner, name, replacement)
 
 

@@ -67,7 +67,7 @@ def _plan_real_class(plan: Plan, module: ModuleType, deterministic: bool | None)
         if not _is_module_class(real):
             raise UnknownSurface(f"{_MODULE}.{_ATTENTION} must be a torch module, found {real!r}: nothing was patched")
         plan_module(plan, fresh, deterministic)
-    for owner in {module, *holders(original(module, _ATTENTION), _ATTENTION), *holders(real, _ATTENTION)}:
+    for owner in dict.fromkeys((module, *holders(original(module, _ATTENTION), _ATTENTION), *holders(real, _ATTENTION))):
         plan.add(owner, _ATTENTION, real)
 
 

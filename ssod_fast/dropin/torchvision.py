@@ -20,8 +20,9 @@ _LIVE = "box_similarity"  # the RPN and the RoI heads keep the function that the
 def patch_box_iou(model: nn.Module | None = None, *, deterministic: bool | None = None) -> Patched:
     """Replaces `torchvision.ops.box_iou` in every module of torchvision that holds it: no temporaries of the size of the result.
 
-    Results differ in two cases. Two boxes without area have overlap 0 where torchvision divides 0 by 0 and gets NaN, and integer boxes
-    are computed in float32. Traces and exports go through the original. `torch.jit.script` of a detector wants the original: undo first.
+    Results differ where torchvision's mean little: two boxes without area have overlap 0, not 0 / 0 = NaN, and a box that reaches to
+    infinity has overlap NaN with every other, not 0. Traces and exports go through the original. `torch.jit.script` of a detector wants
+    the original: undo first.
 
     Args:
         model: a detector that was built before; its RPN keeps a reference of its own, which is replaced too.
@@ -56,7 +57,7 @@ def _plan(model: nn.Module | None) -> Plan:
     check_parameters(current, f"{_MODULE}.{_FUNCTION}", ("boxes1", "boxes2"), ("boxes1", "boxes2", "fmt"))
     theirs = original(module, _FUNCTION)
     ours = _overlap(theirs) if theirs is current else current
-    for owner in {module, *holders(current, _FUNCTION, "torchvision")}:
+    for owner in dict.fromkeys((module, *holders(current, _FUNCTION, "torchvision"))):
         plan.add(owner, _FUNCTION, ours)
     for part in model.modules() if model is not None else ():
         if vars(part).get(_LIVE) in (theirs, current):
