@@ -39,6 +39,7 @@ class Case:
         peak_limit: memory in bytes that one call of ours may add at its peak; the peers are measured too.
         target_timing: which GPU timing the targets and `ceiling_us` are about.
         wall_ceiling_us: our eager wall time on a GPU, host overhead included, must not exceed this.
+        overhead_us: peer -> by how much our eager wall time may exceed that peer's.
         eager_only: providers that a CUDA graph cannot capture: they synchronise with the host or upload from it. With ours among them
             there is no graph timing.
     """
@@ -57,6 +58,7 @@ class Case:
     peak_limit: int | None = None
     target_timing: str = "graph"
     wall_ceiling_us: float | None = None
+    overhead_us: Mapping[str, float] = field(default_factory=dict)
     eager_only: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -257,14 +259,16 @@ class Limits:
         return "met" if all(checks) else "missed"
 
 
-def limits_of(case: Case, name: str, timing: str, kind: str) -> Limits:
-    """What the case requires of a provider under one timing on one kind of device."""
+def limits_of(case: Case, name: str, timing: str, kind: str, medians_us: Mapping[str, float]) -> Limits:
+    """What the case requires of a provider under one timing on one kind of device, given the medians of all providers."""
     targeted = timing == ("wall" if kind == "cpu" else case.target_timing)
     if name != OURS:
         return Limits(ratio=case.targets.get(name)) if targeted else Limits()
-    if targeted:
-        return Limits(time_us=case.ceiling_us, peak=case.peak_limit)
-    return Limits(time_us=case.wall_ceiling_us) if timing == "wall" else Limits()
+    ceilings = [case.ceiling_us] if targeted else [case.wall_ceiling_us] if timing == "wall" else []
+    if timing == "wall":
+        ceilings += [medians_us[peer] + allowed for peer, allowed in case.overhead_us.items()]
+    time_us = min((ceiling for ceiling in ceilings if ceiling is not None), default=None)
+    return Limits(time_us=time_us, peak=case.peak_limit if targeted else None)
 
 
 def measure_peaks(case: Case, device: torch.device) -> dict[str, int | None]:
@@ -276,13 +280,13 @@ def measure_peaks(case: Case, device: torch.device) -> dict[str, int | None]:
 
 def rows_of(case: Case, timing: str, samples: Mapping[str, list[float]], peaks: Mapping[str, int | None], machine: Machine) -> list[Row]:
     """Turns the samples of one timing into rows, with ratios against our own median."""
-    ours_us = statistics.median(samples[OURS]) * 1e6
+    medians_us = {name: statistics.median(seconds) * 1e6 for name, seconds in samples.items()}
     rows = []
     for name, seconds in samples.items():
-        median_us = statistics.median(seconds) * 1e6
+        median_us = medians_us[name]
         p20, _, _, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
-        ratio = None if name == OURS else median_us / ours_us
-        peak, limits = peaks.get(name), limits_of(case, name, timing, machine.kind)
+        ratio = None if name == OURS else median_us / medians_us[OURS]
+        peak, limits = peaks.get(name), limits_of(case, name, timing, machine.kind, medians_us)
         rows.append(
             Row(
                 op=case.op,

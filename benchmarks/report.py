@@ -131,7 +131,7 @@ def table_line(record: Record) -> str:
     ratio = f"{float(record['ratio']):.1f}x" if record["ratio"] else ""
     target = f"{float(record['target_ratio']):g}x" if record["target_ratio"] else ""
     target = f"<= {time_text(record['ceiling_us'])}" if record["ceiling_us"] else target
-    limit = f"{100 * float(record['limit_share']):.0f} %" if ours else ""
+    limit = f"{100 * float(record['limit_share']):.0f} %" if ours and int(record["bytes"]) else ""
     peak = f"{float(record['peak_mib']):.1f} MiB" if record["peak_mib"] else ""
     peak += f" (<= {float(record['peak_limit_mib']):.1f})" if peak and record["peak_limit_mib"] else ""
     case = f"{record['mode']} {record['shape']} {record['dtype']}"

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from harness import FULL, QUICK, Case, Row, run_case
+from harness import FULL, QUICK, Case, Effort, Row, run_case
 from machine import Machine, describe
 from report import merge, time_text, write_report
 
@@ -60,12 +60,17 @@ def load(stem: str) -> CaseBuilder:
 
 def run_op(stem: str, machine: Machine, quick: bool) -> list[Row]:
     """All cases of one op, printed as they finish."""
+    return time_cases(load(stem)(torch.device(machine.kind), quick), machine, QUICK if quick else FULL)
+
+
+def time_cases(cases: Iterable[Case], machine: Machine, effort: Effort) -> list[Row]:
+    """Runs cases one by one; a quick effort judges nothing."""
     rows: list[Row] = []
-    for case in load(stem)(torch.device(machine.kind), quick):
+    for case in cases:
         print(case, flush=True)
-        if quick:  # targets are about the full shapes
-            case = replace(case, targets={}, ceiling_us=None, wall_ceiling_us=None, peak_limit=None)
-        rows += (done := run_case(case, machine, QUICK if quick else FULL))
+        if effort is QUICK:  # targets are about the full shapes
+            case = replace(case, targets={}, ceiling_us=None, wall_ceiling_us=None, overhead_us={}, peak_limit=None)
+        rows += (done := run_case(case, machine, effort))
         for row in done:
             ratio = f" {row.ratio:8.1f}x" if row.ratio is not None else " " * 10
             print(f"  {row.timing:5s} {row.provider:32s} {time_text(row.median_us):>9s}{ratio} {row.verdict}", flush=True)

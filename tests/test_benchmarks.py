@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -85,13 +86,24 @@ def test_ratios_and_verdicts() -> None:
 def test_gpu_targets_are_about_one_timing() -> None:
     harness = load("harness")
     case = fake_case(targets={"peer": 2.0}, ceiling_us=5.0, wall_ceiling_us=60.0, peak_limit=8)
-    assert harness.limits_of(case, "peer", "graph", "cuda") == harness.Limits(ratio=2.0)
-    assert harness.limits_of(case, "peer", "wall", "cuda") == harness.Limits()
-    assert harness.limits_of(case, "ours", "graph", "cuda") == harness.Limits(time_us=5.0, peak=8)
-    assert harness.limits_of(case, "ours", "wall", "cuda") == harness.Limits(time_us=60.0)
-    assert harness.limits_of(case, "ours", "event", "cuda") == harness.Limits()
+    assert harness.limits_of(case, "peer", "graph", "cuda", {}) == harness.Limits(ratio=2.0)
+    assert harness.limits_of(case, "peer", "wall", "cuda", {}) == harness.Limits()
+    assert harness.limits_of(case, "ours", "graph", "cuda", {}) == harness.Limits(time_us=5.0, peak=8)
+    assert harness.limits_of(case, "ours", "wall", "cuda", {}) == harness.Limits(time_us=60.0)
+    assert harness.limits_of(case, "ours", "event", "cuda", {}) == harness.Limits()
     assert harness.Limits(peak=8).verdict(None, 1.0, peak=9) == "missed"
     assert harness.Limits(peak=8).verdict(None, 1.0, peak=None) == ""
+
+
+def test_overhead_over_a_peer_is_a_ceiling() -> None:
+    harness, medians = load("harness"), {"ours": 15.0, "peer": 8.0}
+    case = fake_case(overhead_us={"peer": 10.0})
+    assert harness.limits_of(case, "ours", "wall", "cpu", medians) == harness.Limits(time_us=18.0)
+    assert harness.limits_of(case, "ours", "wall", "cuda", medians) == harness.Limits(time_us=18.0)
+    assert harness.limits_of(case, "ours", "graph", "cuda", medians) == harness.Limits()
+    assert harness.limits_of(fake_case(overhead_us={"peer": 10.0}, ceiling_us=12.0), "ours", "wall", "cpu", medians).time_us == 12.0
+    ours, _ = harness.run_case(fake_case(overhead_us={"peer": 1000.0}), fake_machine(), harness.QUICK)
+    assert ours.verdict == "met"
 
 
 @pytest.mark.gpu
@@ -189,6 +201,22 @@ def test_report_without_rows(tmp_path: Path) -> None:
 def test_unknown_op_is_refused_before_anything_runs() -> None:
     with pytest.raises(SystemExit, match=r"no benchmark named 'nothing'; there are .*box_iou"):
         load("run").load("nothing")
+
+
+def test_whole_models_agree_with_transformers() -> None:
+    pytest.importorskip("transformers")
+    path = ROOT / "benchmarks" / "dropin" / "transformers_models.py"
+    spec = importlib.util.spec_from_file_location("benchmark_transformers_models", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    model, cpu = module.deformable_detr(quick=True), torch.device("cpu")
+    for build in (module.inference_case, module.training_case):
+        case = build("small", model, (64, 96), cpu)
+        case.check()
+        case.providers["ours"]()
 
 
 def test_the_folder_ops_is_not_importable() -> None:
