@@ -268,7 +268,7 @@ def _computable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_numbers(numbers: dict[str, float]) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # a compiled graph cannot ask math.isfinite
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     if numbers["gamma"] < 0:
         raise ValueError(f"gamma must be a finite number >= 0, got {numbers['gamma']!r}")

@@ -303,14 +303,15 @@ def test_opcheck(padded: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_compile(device: str) -> None:
+def test_compile(device: str, dynamic: bool) -> None:
     def function(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         ones = torch.ones(labels.shape, device=labels.device)
         matches = match(logits, boxes, PaddedTargets(target_boxes, labels, ones, ones, count))
         return matches.query, matches.cost
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager" if device == "cpu" else "inductor")
     for sizes in ((5, 0, 9), (2, 3, 4)):
         logits, boxes, targets = sample(sizes)
         padded = PaddedTargets.from_list(targets, nmax=9).to(device)
