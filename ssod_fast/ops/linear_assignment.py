@@ -206,6 +206,9 @@ def _check_cost(cost: Tensor, offsets: Tensor | None) -> None:
 
 
 def _check_groups(groups: int, repeats: int, queries: int) -> None:
+    for name, value in (("groups", groups), ("repeats", repeats)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
     if groups < 1 or queries % groups:
         raise ValueError(f"groups must be >= 1 and divide the number of queries ({queries}), got {groups}")
     if repeats < 1:
