@@ -23,7 +23,8 @@ FORWARD = ("ctx", "value", "value_spatial_shapes", "value_level_start_index", "s
 def exporting() -> bool:
     """Whether the call becomes part of a graph for programs that know none of our ops: a trace, an exported program or ONNX."""
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    # Not is_exporting(), which is a constant True wherever dynamo is at work.
+    return traced or torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export()
 
 
 def core_function(original: Callable[..., Tensor], deterministic: bool | None) -> Callable[..., Tensor]:

@@ -160,6 +160,7 @@ def test_crop_by_overlap_uses_it() -> None:
     torch.testing.assert_close(cropped[1], v2.RandomIoUCrop()(image, boxes)[1])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_traces_hold_their_function() -> None:
     with patch_box_iou():
         traced = torch.jit.trace(lambda a, b: box_ops.box_iou(a, b), (valid_boxes(3), valid_boxes(4)))
