@@ -11,12 +11,13 @@
 
 namespace ssod {
 
-// Samples of a tile as these loops read them. Corner c of sample i counts if bit c of inside[i] is set.
-template <typename T, typename I>
+// Samples of a tile as these loops read them. The corners of sample i lie at above[i] and below[i] numbers from row 0,
+// and one row behind each; corner c counts, by its share in shares [n, 4], if bit c of inside[i] is set.
+template <typename T>
 struct SampleView {
-  const I *row, *width;
+  const int64_t *above, *below;
   const int32_t* inside;
-  const T *w00, *w01, *w10, *w11;
+  const T* shares;
 };
 
 constexpr int32_t kAllInside = 15;
@@ -48,13 +49,13 @@ SSOD_HD void for_each_block(int64_t channels, F&& f) {
 }
 
 // Sum over samples [first, last) of kVectors * kLanes channels; `value` points at the first of them in row 0.
-template <int kVectors, int kLanes, typename V, typename T, typename I>
-SSOD_HD void sum_block(const V* value, int64_t stride, const SampleView<T, I>& s, int64_t first, int64_t last, T* out) {
+template <int kVectors, int kLanes, typename V, typename T>
+SSOD_HD void sum_block(const V* value, int64_t stride, const SampleView<T>& s, int64_t first, int64_t last, T* out) {
   using Vector = typename Lanes<T, kLanes>::type;
   Vector total[kVectors] = {};
   for (int64_t i = first; i < last; ++i) {
-    const V* above = value + s.row[i] * stride;
-    const V* below = above + s.width[i] * stride;
+    const V *above = value + s.above[i], *below = value + s.below[i];
+    const T* shares = s.shares + 4 * i;
     if (s.inside[i] == kAllInside) {
       for (int v = 0; v < kVectors; ++v) {
         Vector v00, v01, v10, v11;
@@ -62,12 +63,11 @@ SSOD_HD void sum_block(const V* value, int64_t stride, const SampleView<T, I>& s
         load_lanes<kLanes>(above + stride + v * kLanes, v01);
         load_lanes<kLanes>(below + v * kLanes, v10);
         load_lanes<kLanes>(below + stride + v * kLanes, v11);
-        total[v] += (s.w00[i] * v00 + s.w01[i] * v01) + (s.w10[i] * v10 + s.w11[i] * v11);
+        total[v] += (shares[0] * v00 + shares[1] * v01) + (shares[2] * v10 + shares[3] * v11);
       }
       continue;
     }
     const V* corners[] = {above, above + stride, below, below + stride};
-    const T shares[] = {s.w00[i], s.w01[i], s.w10[i], s.w11[i]};
     for (int c = 0; c < 4; ++c) {
       for (int v = 0; v < kVectors && (s.inside[i] >> c & 1); ++v) {
         Vector pixel;
@@ -81,11 +81,11 @@ SSOD_HD void sum_block(const V* value, int64_t stride, const SampleView<T, I>& s
   }
 }
 
-template <typename V, typename T, typename I>
+template <typename V, typename T>
 struct BlockSum {
   const V* value;
   int64_t stride;
-  const SampleView<T, I>& samples;
+  const SampleView<T>& samples;
   int64_t first, last;
   T* out;
 
@@ -96,12 +96,12 @@ struct BlockSum {
 };
 
 // out[q] = sum over the `count` samples of query q; rows of `channels` numbers, out_stride apart.
-template <typename V, typename T, typename I>
-SSOD_CLONES static void sum_samples(const V* value, int64_t stride, int64_t channels, const SampleView<T, I> samples,
+template <typename V, typename T>
+SSOD_CLONES static void sum_samples(const V* value, int64_t stride, int64_t channels, const SampleView<T> samples,
                                     int64_t queries, int64_t count, T* out, int64_t out_stride) {
   for (int64_t q = 0; q < queries; ++q) {
     for_each_block<T>(channels,
-                      BlockSum<V, T, I>{value, stride, samples, q * count, (q + 1) * count, out + q * out_stride});
+                      BlockSum<V, T>{value, stride, samples, q * count, (q + 1) * count, out + q * out_stride});
   }
 }
 
@@ -137,15 +137,14 @@ SSOD_HD void add_product(const Vector& a, const V* b, Vector& sum) {
 
 // Adds to dots [n, 4] the products of `grad` with the corners of samples [first, last), over kVectors * kLanes
 // channels.
-template <int kVectors, int kLanes, typename V, typename T, typename I>
-SSOD_HD void dot_block(const V* value, int64_t stride, const SampleView<T, I>& s, int64_t first, int64_t last,
+template <int kVectors, int kLanes, typename V, typename T>
+SSOD_HD void dot_block(const V* value, int64_t stride, const SampleView<T>& s, int64_t first, int64_t last,
                        const T* grad, T* dots) {
   using Vector = typename Lanes<T, kLanes>::type;
   Vector g[kVectors];
   std::memcpy(g, grad, sizeof(g));
   for (int64_t i = first; i < last; ++i) {
-    const V* above = value + s.row[i] * stride;
-    const V* below = above + s.width[i] * stride;
+    const V *above = value + s.above[i], *below = value + s.below[i];
     Vector products[4] = {};
     if (s.inside[i] == kAllInside) {
       for (int v = 0; v < kVectors; ++v) {
@@ -170,11 +169,11 @@ SSOD_HD void dot_block(const V* value, int64_t stride, const SampleView<T, I>& s
   }
 }
 
-template <typename V, typename T, typename I>
+template <typename V, typename T>
 struct BlockDots {
   const V* value;
   int64_t stride;
-  const SampleView<T, I>& samples;
+  const SampleView<T>& samples;
   int64_t first, last;
   const T* grad;
   T* dots;
@@ -186,13 +185,13 @@ struct BlockDots {
 };
 
 // dots[i] = products of the gradient of sample i's query with its four corners, 0 for a corner that does not count.
-template <typename V, typename T, typename I>
-SSOD_CLONES static void dot_samples(const V* value, int64_t stride, int64_t channels, const SampleView<T, I> samples,
+template <typename V, typename T>
+SSOD_CLONES static void dot_samples(const V* value, int64_t stride, int64_t channels, const SampleView<T> samples,
                                     int64_t queries, int64_t count, const T* grad, int64_t grad_stride, T* dots) {
   std::memset(dots, 0, 4 * queries * count * sizeof(T));
   for (int64_t q = 0; q < queries; ++q) {
     for_each_block<T>(
-        channels, BlockDots<V, T, I>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride, dots});
+        channels, BlockDots<V, T>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride, dots});
   }
 }
 
@@ -205,30 +204,28 @@ SSOD_HD void add_scaled(const Vector& grad, T share, T* to) {
 }
 
 // Adds the shares of `grad` to the corners of samples [first, last), over kVectors * kLanes channels.
-template <int kVectors, int kLanes, typename T, typename I>
-SSOD_HD void scatter_block(T* value, int64_t stride, const SampleView<T, I>& s, int64_t first, int64_t last,
+template <int kVectors, int kLanes, typename T>
+SSOD_HD void scatter_block(T* value, int64_t stride, const SampleView<T>& s, int64_t first, int64_t last,
                            const T* grad) {
   using Vector = typename Lanes<T, kLanes>::type;
   Vector g[kVectors];
   std::memcpy(g, grad, sizeof(g));
   for (int64_t i = first; i < last; ++i) {
-    T* above = value + s.row[i] * stride;
-    T* below = above + s.width[i] * stride;
+    T *above = value + s.above[i], *below = value + s.below[i];
     T* corners[] = {above, above + stride, below, below + stride};
-    const T shares[] = {s.w00[i], s.w01[i], s.w10[i], s.w11[i]};
     for (int c = 0; c < 4; ++c) {
       for (int v = 0; v < kVectors && (s.inside[i] >> c & 1); ++v) {
-        add_scaled<kLanes>(g[v], shares[c], corners[c] + v * kLanes);
+        add_scaled<kLanes>(g[v], s.shares[4 * i + c], corners[c] + v * kLanes);
       }
     }
   }
 }
 
-template <typename T, typename I>
+template <typename T>
 struct BlockScatter {
   T* value;
   int64_t stride;
-  const SampleView<T, I>& samples;
+  const SampleView<T>& samples;
   int64_t first, last;
   const T* grad;
 
@@ -239,12 +236,12 @@ struct BlockScatter {
 };
 
 // Adds the gradients of all queries to the pixels that their samples read.
-template <typename T, typename I>
-SSOD_CLONES static void scatter_samples(T* value, int64_t stride, int64_t channels, const SampleView<T, I> samples,
+template <typename T>
+SSOD_CLONES static void scatter_samples(T* value, int64_t stride, int64_t channels, const SampleView<T> samples,
                                         int64_t queries, int64_t count, const T* grad, int64_t grad_stride) {
   for (int64_t q = 0; q < queries; ++q) {
     for_each_block<T>(channels,
-                      BlockScatter<T, I>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride});
+                      BlockScatter<T>{value, stride, samples, q * count, (q + 1) * count, grad + q * grad_stride});
   }
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/deform_problem.h"
+#include "cpu/deform_rows.h"
 #include "cpu/simd.h"
 #include "exp_log.h"
 
@@ -140,13 +141,25 @@ SSOD_CLONES static void discrete_footprints(const T* __restrict x, const T* __re
   }
 }
 
+// shares [n, 4]
 template <typename T>
 SSOD_CLONES static void sample_shares(const T* __restrict fx, const T* __restrict fy, const T* __restrict weight,
-                                      int64_t n, T* __restrict w00, T* __restrict w01, T* __restrict w10,
-                                      T* __restrict w11) {
+                                      int64_t n, T* __restrict shares) {
   for (int64_t i = 0; i < n; ++i) {
     const CornerShares<T> s = corner_shares(fx[i], fy[i], weight[i]);
-    w00[i] = s.w00, w01[i] = s.w01, w10[i] = s.w10, w11[i] = s.w11;
+    shares[4 * i] = s.w00, shares[4 * i + 1] = s.w01, shares[4 * i + 2] = s.w10, shares[4 * i + 3] = s.w11;
+  }
+}
+
+// Where the upper and the lower two corners of samples begin, in rows that lie `stride` numbers apart. Samples that are
+// not live have any offset.
+template <typename I>
+SSOD_CLONES static void row_offsets(const I* __restrict row, const I* __restrict width, int64_t stride, int64_t n,
+                                    int64_t* __restrict above, int64_t* __restrict below) {
+  const uint64_t step = static_cast<uint64_t>(stride);
+  for (int64_t i = 0; i < n; ++i) {
+    above[i] = static_cast<int64_t>(static_cast<uint64_t>(row[i]) * step);
+    below[i] = static_cast<int64_t>((static_cast<uint64_t>(row[i]) + static_cast<uint64_t>(width[i])) * step);
   }
 }
 
@@ -213,17 +226,18 @@ class DeformTile {
 
   DeformTile(const DeformProblem& problem, const TileLevels<T, I>& levels)
       : levels(levels), p_(problem), capacity_(tile_queries(problem) * problem.samples) {
-    numbers_.resize(kArrays * capacity_ + 2 * tile_queries(problem));
+    numbers_.resize((kArrays + 4) * capacity_ + 2 * tile_queries(problem));
     row_.resize(capacity_);
+    offsets_.resize(2 * capacity_);
     inside_.resize(capacity_);
     T* next = numbers_.data();
-    for (T** array : {&x, &y, &px, &py, &weight, &fx, &fy, &w00, &w01, &w10, &w11, &ref_x, &ref_y, &ref_w, &ref_h,
-                      &scale_x, &scale_y}) {
+    for (T** array : {&x, &y, &px, &py, &weight, &fx, &fy, &ref_x, &ref_y, &ref_w, &ref_h, &scale_x, &scale_y}) {
       *array = next;
       next += capacity_;
     }
-    maximum_ = next;
-    sum_ = next + tile_queries(problem);
+    shares = next;
+    maximum_ = next + 4 * capacity_;
+    sum_ = maximum_ + tile_queries(problem);
     row = row_.data();
     inside = inside_.data();
   }
@@ -254,12 +268,19 @@ class DeformTile {
     });
   }
 
-  // Turns logits into weights; lse [count]. The shares are not there yet: the first of them serves as scratch.
-  void softmax(T* lse) { softmax_rows(weight, range.count, p_.samples, w00, maximum_, sum_, lse); }
+  // Turns logits into weights; lse [count]. The shares are not there yet: they serve as scratch.
+  void softmax(T* lse) { softmax_rows(weight, range.count, p_.samples, shares, maximum_, sum_, lse); }
 
   void softmax_of(const T* lse, int64_t stride) { exponentials(weight, range.count, p_.samples, lse, stride); }
 
-  void share_weights() { sample_shares(fx, fy, weight, n, w00, w01, w10, w11); }
+  void share_weights() { sample_shares(fx, fy, weight, n, shares); }
+
+  // The samples in rows that lie `stride` numbers apart.
+  SampleView<T> view(int64_t stride) {
+    int64_t *above = offsets_.data(), *below = above + capacity_;
+    row_offsets(row, levels.width.data(), stride, n, above, below);
+    return {above, below, inside, shares};
+  }
 
   const TileLevels<T, I>& levels;
   TileRange range{};
@@ -268,12 +289,13 @@ class DeformTile {
   int32_t* inside;
   T *x, *y;    // locations or offsets
   T *px, *py;  // pixels
-  T *weight, *fx, *fy, *w00, *w01, *w10, *w11;
+  T *weight, *fx, *fy;
+  T* shares;  // [n, 4]
   T *ref_x, *ref_y, *ref_w, *ref_h;
   T *scale_x, *scale_y;  // pixels per unit of offset, for reference boxes
 
  private:
-  static constexpr int64_t kArrays = 17;
+  static constexpr int64_t kArrays = 13;
 
   void place_at_locations() {
     location_positions(x, levels.width.data(), n, px);
@@ -302,6 +324,7 @@ class DeformTile {
   std::vector<T> numbers_;
   std::vector<I> row_;
   std::vector<int32_t> inside_;
+  std::vector<int64_t> offsets_;
   T *maximum_, *sum_;
 };
 

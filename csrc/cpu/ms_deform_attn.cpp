@@ -38,7 +38,7 @@ class Forward {
       store_lse(range, tile, sums);
     }
     tile.share_weights();
-    const SampleView<T, I> samples{tile.row, levels_.width.data(), tile.inside, tile.w00, tile.w01, tile.w10, tile.w11};
+    const SampleView<T> samples = tile.view(p_.value.token_stride);
     with_numbers<T>(p_.value.data, p_.value.dtype, [&](const auto* data) { store_sums(range, data, samples, sums); });
   }
 
@@ -51,7 +51,7 @@ class Forward {
   }
 
   template <typename V>
-  void store_sums(const TileRange& range, const V* data, const SampleView<T, I>& samples, T* sums) const {
+  void store_sums(const TileRange& range, const V* data, const SampleView<T>& samples, T* sums) const {
     const auto& [_, dtype, image_stride, token_stride, head_stride] = p_.value;
     const V* value = data + range.image * image_stride + range.head * head_stride;
     const int64_t row = p_.heads * p_.channels;

@@ -106,15 +106,12 @@ class Backward {
     });
   }
 
-  SampleView<T, I> samples(const DeformTile<T, I>& tile) const {
-    return {tile.row, levels_.width.data(), tile.inside, tile.w00, tile.w01, tile.w10, tile.w11};
-  }
-
   void add_to_value(int64_t first, int64_t channels, GradientSpace<T, I>& space) const {
     const TileRange& at = space.tile.range;
     const int64_t token = p_.heads * p_.channels;
     T* value = static_cast<T*>(sink_.value) + at.image * p_.tokens * token + at.head * p_.channels + first;
-    scatter_samples(value, token, channels, samples(space.tile), at.count, p_.samples, space.grad + first, p_.channels);
+    scatter_samples(value, token, channels, space.tile.view(token), at.count, p_.samples, space.grad + first,
+                    p_.channels);
   }
 
   void store_of_samples(GradientSpace<T, I>& space) const {
@@ -122,8 +119,8 @@ class Backward {
     const TileRange& at = tile.range;
     with_numbers<T>(p_.value.data, p_.value.dtype, [&](const auto* data) {
       const auto* value = data + at.image * p_.value.image_stride + at.head * p_.value.head_stride;
-      dot_samples(value, p_.value.token_stride, p_.channels, samples(tile), at.count, p_.samples, space.grad,
-                  p_.channels, space.dots);
+      dot_samples(value, p_.value.token_stride, p_.channels, tile.view(p_.value.token_stride), at.count, p_.samples,
+                  space.grad, p_.channels, space.dots);
     });
     sample_gradients(space.dots, tile.fx, tile.fy, tile.weight, tile.inside, tile.n, space.px, space.py, space.weight);
     if (p_.fused()) {
