@@ -86,7 +86,8 @@ def _replacement(current: Callable[..., Tensor], label: str, square: bool, deter
     name = getattr(function, "__name__", repr(function))
     if name not in _SURFACES:
         known = " or ".join(_SURFACES)
-        hint = "; for models of transformers there is ssod_fast.dropin.transformers.patch" if "transformers" in str(function) else ""
+        theirs = getattr(function, "__module__", "").startswith("transformers.")
+        hint = "; for models of transformers there is ssod_fast.dropin.transformers.patch" if theirs else ""
         raise UnknownSurface(f"{label} is {name}, expected {known}: not known, nothing was patched{hint}")
     check_parameters(function, name, *_SURFACES[name])
     method = options.pop("method", "default")

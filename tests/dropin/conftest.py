@@ -10,7 +10,15 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STANDINS = ("mmcv", "detrex", "groundingdino", "MultiScaleDeformableAttention", "standin_deformable_detr", "standin_ms_deform_attn")
+STANDINS = (
+    "mmcv",
+    "detrex",
+    "groundingdino",
+    "MultiScaleDeformableAttention",
+    "standin_deformable_detr",
+    "standin_ms_deform_attn",
+    "standin_rtdetr",
+)
 
 
 @pytest.fixture
