@@ -21,8 +21,9 @@ COMMANDS = [line.split("#")[0].strip() for line in README.read_text().splitlines
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 7
+    parts, _ = README.read_text().split("## Drop-ins\n")  # which tests/dropin/test_readme_snippets.py runs
+    blocks = re.findall(r"```python\n(.*?)```", parts, flags=re.S)
+    assert len(blocks) == 8
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -59,6 +60,12 @@ def test_bags(names: dict[str, Any]) -> None:
     assert bags.rois.shape == (2500, 5)
     torch.testing.assert_close(names["refined"], bags.boxes, atol=1e-3, rtol=0)
     assert negatives.keep.any()
+
+
+def test_attention(names: dict[str, Any]) -> None:
+    assert names["attended"].shape == names["sampled"].shape == (2, 300, 256)
+    assert names["attended"].requires_grad
+    assert 0.1 < names["sampled"].std() < 1
 
 
 def test_images(names: dict[str, Any]) -> None:
