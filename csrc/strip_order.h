@@ -1,8 +1,5 @@
-// Order in which kernels visit queries that are the tokens of a feature pyramid, one query per token.
-//
-// Queries of one block of threads should be neighbours in both directions, because they sample the same pixels. Levels
-// are cut into strips of 8 rows, and a strip is walked column by column, so that any 64 consecutive positions lie in a
-// patch of about 8 x 8. The order only says who computes a query, never how: results do not change by a bit.
+// Order in which a block of threads takes queries that are the pixels of a pyramid: strips of eight rows, column by
+// column inside a strip, so that 64 queries in a row are about 8 x 8 pixels and read neighbouring values.
 #pragma once
 
 #include <cstdint>
@@ -11,39 +8,31 @@
 
 namespace ssod {
 
-constexpr int kStripRows = 8;
+constexpr int32_t kStripRows = 8;
 
-// Token, row by row, at one position of the strip order of a level; a bijection of 0 ... height * width - 1.
-template <typename I>
-SSOD_HD I strip_token(I position, I height, I width) {
-  const I strip = position / (kStripRows * width);
-  const I top = strip * kStripRows;
-  const I rows = height - top < kStripRows ? height - top : kStripRows;
-  const I inside = position - top * width;
-  return (top + inside % rows) * width + inside / rows;
+// Row-major token of position p of one level in strip order; a bijection of 0..height * width - 1.
+SSOD_HD int32_t strip_token(int32_t p, int32_t height, int32_t width) {
+  const int32_t top = p / (kStripRows * width) * kStripRows;
+  const int32_t left = height - top, rows = left < kStripRows ? left : kStripRows;
+  const int32_t inside = p - top * width;
+  const int32_t x = inside / rows;
+  return (top + inside - x * rows) * width + x;
 }
 
-// Token at one position of the strip order of a pyramid, level after level; `sizes` is [levels, 2], (height, width).
-// A bijection of 0 ... tokens - 1 for any sizes: from the first level on that does not fit into `tokens`, tokens keep
-// their own order. I must hold 8 * tokens.
-template <typename I>
-SSOD_HD I strip_query(I position, const int64_t* sizes, int levels, I tokens) {
-  I first = 0;
-  for (int level = 0; level < levels; ++level) {
-    const int64_t height = sizes[2 * level], width = sizes[2 * level + 1];
-    if (height <= 0 || width <= 0) {
-      continue;
+// Token of position p of a pyramid whose levels follow each other, which hold more than p tokens together. Levels have
+// members height and width.
+template <typename Level>
+SSOD_HD int64_t pyramid_token(int64_t p, const Level* levels) {
+  int64_t first = 0;
+  for (;; ++levels) {
+    const int64_t size = levels->height * levels->width;
+    if (p < size) {
+      return first + strip_token(static_cast<int32_t>(p), static_cast<int32_t>(levels->height),
+                                 static_cast<int32_t>(levels->width));
     }
-    if (height > (tokens - first) / width) {
-      break;
-    }
-    const I size = static_cast<I>(height * width);
-    if (position - first < size) {
-      return first + strip_token(position - first, static_cast<I>(height), static_cast<I>(width));
-    }
+    p -= size;
     first += size;
   }
-  return position;
 }
 
 }  // namespace ssod
