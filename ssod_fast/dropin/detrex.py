@@ -66,7 +66,9 @@ def _plan_real_class(plan: Plan, module: ModuleType, deterministic: bool | None)
         real = require_attribute(fresh, _ATTENTION)
         if not _is_module_class(real):
             raise UnknownSurface(f"{_MODULE}.{_ATTENTION} must be a torch module, found {real!r}: nothing was patched")
-        plan_module(plan, fresh, deterministic)
+        inner = Plan()  # nobody else sees that module: nothing to put back, and nothing to report
+        plan_module(inner, fresh, deterministic)
+        inner.apply(f"{_MODULE} has nothing to replace")
     for owner in dict.fromkeys((module, *holders(original(module, _ATTENTION), _ATTENTION), *holders(real, _ATTENTION))):
         plan.add(owner, _ATTENTION, real)
 

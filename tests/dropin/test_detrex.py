@@ -68,6 +68,7 @@ def test_patch_after_an_import_that_missed_the_extension() -> None:
         dummy()
     with detrex.patch() as patched:
         assert {f"{m}.MultiScaleDeformableAttention" for m in (NAME, "detrex.layers")} < set(patched.places)
+        assert patched.count == len(set(patched.places)) == 9
         assert layers.MultiScaleDeformableAttention is module.MultiScaleDeformableAttention is not dummy
         check_module(layers.MultiScaleDeformableAttention)
         check_function(module)
