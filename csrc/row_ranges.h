@@ -27,6 +27,18 @@ struct RowRanges {
     return {problem * width, counts ? clamped(counts[problem], width) : width};
   }
 
+  // Whether rows of an earlier problem reach beyond the start of this one, as offsets that fall make possible.
+  SSOD_HD bool overlapped(int64_t problem) const {
+    const int64_t begin = of(problem).begin;
+    for (int64_t earlier = 0; offsets && earlier < problem; ++earlier) {
+      const RowRange other = of(earlier);
+      if (other.begin + other.size > begin) {
+        return true;
+      }
+    }
+    return false;
+  }
+
  private:
   SSOD_HD static int64_t clamped(int64_t value, int64_t most) { return value < 0 ? 0 : (value > most ? most : value); }
 };

@@ -73,6 +73,9 @@ struct Problem {
     layer_group = index / b.rows.batch;
     const int64_t layer = layer_group / b.groups, group = layer_group % b.groups;
     range = b.rows.of(image);
+    if (b.workspace && b.rows.overlapped(image)) {
+      range.size = 0;  // two problems must not share a place in the workspace
+    }
     first_query = group * b.width;
     first_out = layer_group * b.repeats * b.rows.rows;
     const int64_t first_row = layer * b.rows.rows + range.begin;
