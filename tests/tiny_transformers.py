@@ -122,14 +122,24 @@ BUILD: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+PERTURBED = {
+    "sampling_offsets": 0.05,
+    "attention_weights": 0.1,
+    "value_proj": 0.2,
+    "output_proj": 0.2,
+    "bbox_embed": 0.05,
+    "class_embed": 0.05,
+}
+
+
 def build(name: str, **options: Any) -> nn.Module:
-    """A model whose sampling offsets, references and logits are no longer those of a fresh model, which lie on kinks of the gradient."""
+    """A model that is not fresh: then samples lie on kinks of the gradient, and attention changes next to nothing."""
     torch.manual_seed(0)
     model = BUILD[name](**options)
     generator = torch.Generator().manual_seed(1)
     for key, parameter in model.named_parameters():
-        if any(part in key for part in ("sampling_offsets", "attention_weights", "bbox_embed", "class_embed")):
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        scale = next((scale for part, scale in PERTURBED.items() if part in key), 0.0)
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
     return model
 
 

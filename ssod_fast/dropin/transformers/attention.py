@@ -27,10 +27,12 @@ class Mode:
     Attributes:
         fused: from offsets and logits directly, without locations and softmaxed weights.
         deterministic: see :func:`~ssod_fast.ops.ms_deform_attn`.
+        always_weights: return attention weights whether or not somebody is known to look at them.
     """
 
     fused: bool = True
     deterministic: bool | None = None
+    always_weights: bool = False
 
 
 def core(
@@ -283,15 +285,22 @@ def _attend(module: Any, mode: Mode, queries: Tensor, value: Tensor, points: Ten
     else:
         locations = sampling_locations(points, offsets, shapes, options.num_points, options.scale)
         out = core(value, shapes, locations, logits.softmax(-1), options.num_points, options.method, mode.deterministic)
-    return out, _weights(module, logits) if output_attentions or _observed(module) else None
+    observed = output_attentions or mode.always_weights or module._forward_hooks  # by hooks transformers records outputs
+    return out, _weights(module, logits) if observed else None
 
 
-def _observed(module: Any) -> bool:
-    """Whether somebody may look at the weights: transformers records outputs by forward hooks, and OmDet-Turbo returns them unasked."""
-    return bool(module._forward_hooks) or type(module).__name__ in _ALWAYS_WEIGHTS
+def returns_weights_untold(class_name: str, path: str) -> bool:
+    """Whether the layer around a wrapper passes attention weights on without telling the wrapper when they are wanted.
 
+    Args:
+        class_name: of the wrapper.
+        path: of the wrapper in its model.
 
-_ALWAYS_WEIGHTS = frozenset({"OmDetTurboMultiscaleDeformableAttention"})
+    Returns:
+        True for OmDet-Turbo, and for the encoders of both Grounding DINOs, whose decoders do tell.
+    """
+    name = class_name.removesuffix(SUFFIX)
+    return name == "OmDetTurbo" or (name in ("GroundingDino", "MMGroundingDino") and not path.endswith("encoder_attn"))
 
 
 def _weights(module: Any, logits: Tensor) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from .._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, optional, require, restore
-from .attention import SUFFIX, WRAPPERS, AttentionCore, Mode, Wrapper, attention, attention_v2
+from .._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, optional, original, require, restore
+from .attention import SUFFIX, WRAPPERS, AttentionCore, Mode, Wrapper, attention, attention_v2, returns_weights_untold
 
 CORE = "MultiScaleDeformableAttention"
 _CORE_PARAMETERS = (
@@ -121,6 +121,7 @@ def _plan_wrapper(plan: Plan, module: nn.Module, wrapper: Wrapper, label: str, m
     missing = [member for member in wrapper.members if not hasattr(module, member)]
     if missing:
         raise UnknownSurface(f"{label} has no {missing[0]}, expected {', '.join(wrapper.members)}: nothing was patched")
+    mode = dataclasses.replace(mode, always_weights=returns_weights_untold(type(module).__name__, label))
     if hasattr(module, "ms_deformable_attn_core") and not mode.fused:
         plan.add(
             module, "ms_deformable_attn_core", partial(attention_v2, deterministic=mode.deterministic), f"{label}.ms_deformable_attn_core"
@@ -146,14 +147,14 @@ def register() -> Patched:
     plan = Plan()
     for module, name, new in _functions():
         names = _FUNCTION_PARAMETERS if new is attention else (*_FUNCTION_PARAMETERS, "num_points_list", "method")
-        check_parameters(getattr(module, name) if not is_replaced(module, name) else new, f"{module.__name__}.{name}", names)
+        check_parameters(original(module, name), f"{module.__name__}.{name}", names)
         plan.add(module, name, new)
     patched = plan.apply("transformers has no multi-scale deformable attention")
     places = (f"registry of transformers: {CORE}", *patched.places)
     if _registered(registry):
-        return replace(patched, places=places)
+        return dataclasses.replace(patched, places=places)
     registry.register_patch_mapping({CORE: AttentionCore})
-    return replace(patched, places=places, _undo=(partial(_forget, registry),))
+    return dataclasses.replace(patched, places=places, _undo=(partial(_forget, registry),))
 
 
 def unregister() -> int:
