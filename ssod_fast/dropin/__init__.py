@@ -1,6 +1,6 @@
 """Puts the ops of this package into other people's detectors, at run time, by explicit call, and reversibly."""
 
-from . import detrex, groundingdino, mmcv, rfdetr, rtdetr, torchvision, ultralytics
+from . import detrex, groundingdino, mmcv, rfdetr, rtdetr, torchvision, transformers, ultralytics
 from ._patch import NothingPatched, Patched, UnknownSurface
 from .shims import install_as
 
@@ -15,5 +15,6 @@ __all__ = [
     "rfdetr",
     "rtdetr",
     "torchvision",
+    "transformers",
     "ultralytics",
 ]

@@ -21,10 +21,13 @@ FORWARD = ("ctx", "value", "value_spatial_shapes", "value_level_start_index", "s
 
 
 def exporting() -> bool:
-    """Whether the call becomes part of a graph for programs that know none of our ops: a trace, an exported program or ONNX."""
+    """Whether the call becomes part of a graph for programs that know none of our ops: a trace or an exported program.
+
+    Both exporters of ONNX start from one of the two.
+    """
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     # Not is_exporting(), which is a constant True wherever dynamo is at work.
-    return traced or torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export()
+    return traced or torch.compiler._is_exporting_flag
 
 
 def core_function(original: Callable[..., Tensor], deterministic: bool | None) -> Callable[..., Tensor]:

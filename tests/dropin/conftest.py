@@ -33,12 +33,14 @@ def standins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Path:
+def peers(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of peers that are tested where somebody has put them."""
     folder = ROOT / ".peers"
     if not folder.is_dir():
         pytest.skip("there is no folder .peers with other packages")
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))  # its import writes settings and looks for a network
+    monkeypatch.setenv("YOLO_OFFLINE", "True")
     return folder
 
 
