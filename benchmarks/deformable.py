@@ -190,9 +190,9 @@ def grid_sample_peer() -> tuple[str, Attention]:
     return TRANSFORMERS, lambda value, shapes, locations, weights: theirs(value, None, shapes, None, locations, weights, 64)
 
 
-def kernel_peers(shapes: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Attention]:
-    """GPU kernels of others that are installed, float32 only."""
-    if device.type != "cuda":
+def kernel_peers(shapes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype) -> dict[str, Attention]:
+    """GPU kernels of others that are installed and take this dtype, for all of their arguments."""
+    if device.type != "cuda" or dtype is torch.bfloat16:
         return {}
     sizes = torch.tensor(shapes, device=device)
     start = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
@@ -203,7 +203,7 @@ def kernel_peers(shapes: Sequence[tuple[int, int]], device: torch.device) -> dic
     if (mmcv := optional("mmcv.ops.multi_scale_deform_attn")) is not None:
         apply = mmcv.MultiScaleDeformableAttnFunction.apply
         peers["mmcv"] = lambda value, _, locations, weights: apply(value, sizes, start, locations, weights, 64)
-    if (extension := optional("MultiScaleDeformableAttention")) is not None:
+    if dtype is torch.float32 and (extension := optional("MultiScaleDeformableAttention")) is not None:
         peers["Deformable-DETR kernel"] = lambda value, _, *samples: _Extension.apply(extension, value, sizes, start, *samples)  # type: ignore[no-untyped-call]
     return peers
 

@@ -98,6 +98,7 @@ def gpu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield backward_case(work, kind, "float32", device, ceiling=backward)
         yield backward_case(work, kind, "bfloat16", device, ceiling=half_backward)
         if typical:
+            yield plain_case(work, kind, "float16", device, 1.0)  # for peers that have no bfloat16
             yield plain_case(work, kind, "float32", device, 1.0, backward=True, compiled=not quick)
             for dtype in ("float32", "bfloat16"):
                 yield fused_case(work, kind, dtype, device, 1.0)
@@ -117,10 +118,10 @@ def plain_case(
     ceiling: float | None = None,
 ) -> Case:
     """The op on given positions and weights. `wanted` is the ratio to the peers: on a CPU to the composition, on a GPU to all."""
-    whole = dtype == "float32"
-    inputs = plain_inputs(work, kind, getattr(torch, dtype), device)
-    theirs = inputs if whole else plain_inputs(work, kind, getattr(torch, dtype), device, geometry=getattr(torch, dtype))
-    peers = plain_peers(work, device, kernels=whole, compiled=compiled)
+    of_value, whole = getattr(torch, dtype), dtype == "float32"
+    inputs = plain_inputs(work, kind, of_value, device)
+    theirs = inputs if whole else plain_inputs(work, kind, of_value, device, geometry=of_value)
+    peers = plain_peers(work, device, of_value, compiled)
     named = [*peers] if device.type == "cuda" else [*peers][:1]
     run = with_gradients if backward else without_gradients
     return Case(
@@ -134,14 +135,14 @@ def plain_case(
         check=lambda: check_plain(work, inputs[0], peers if whole else {}, autograd(work, ms_deform_attn) if backward else None),
         targets=dict.fromkeys(named, wanted) if wanted else {},
         ceiling_us=ceiling,
-        note="" if whole else "positions and weights float32, as under autocast; grid_sample, which takes one dtype, gets all in bfloat16",
+        note="" if whole else f"positions and weights float32, as under autocast; peers, which take one dtype, get all in {dtype}",
     )
 
 
 def backward_case(work: Workload, kind: str, dtype: str, device: torch.device, ceiling: float | None) -> Case:
     """The backward alone, by explicit call; peers walk back a graph that is kept."""
     inputs = plain_inputs(work, kind, getattr(torch, dtype), device)
-    peers = plain_peers(work, device, kernels=True, compiled=False) if dtype == "float32" else {}
+    peers = plain_peers(work, device, torch.float32) if dtype == "float32" else {}
 
     def ours(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         return ms_deform_attn_gradients(grad, value, work.shapes, locations, weights)
@@ -241,14 +242,14 @@ def overhead_case(op: str, mode: str, providers: Mapping[str, Call]) -> Case:
     )
 
 
-def plain_peers(work: Workload, device: torch.device, *, kernels: bool, compiled: bool) -> dict[str, Attention]:
+def plain_peers(work: Workload, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> dict[str, Attention]:
     """grid_sample first, then torch.compile of it and the kernels of others where there are some."""
     name, function = grid_sample_peer()
     peers = {name: function}
     if compiled:
         torch._dynamo.reset()  # or the shapes of earlier cases count against the limit of recompilations
         peers[COMPILED] = torch.compile(composed, dynamic=False)
-    return {**peers, **kernel_peers(work.shapes, device)} if kernels else peers
+    return {**peers, **kernel_peers(work.shapes, device, dtype)}
 
 
 def attend(work: Workload, attention: Attention) -> Attention:
