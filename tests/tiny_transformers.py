@@ -177,3 +177,12 @@ def inputs(name: str, sizes: tuple[int, ...] = (3, 2), *, padded: bool = True, t
         given["input_ids"] = torch.tensor([[101, 500, 1012, 501, 1012, 502, 1012, 102]] * len(sizes))
         given["attention_mask"] = torch.ones_like(given["input_ids"])
     return given
+
+
+def convert(value: Any, dtype: torch.dtype) -> Any:
+    """Floating point tensors of nested inputs in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: convert(entry, dtype) for key, entry in value.items()}
+    return [convert(entry, dtype) for entry in value] if isinstance(value, list) else value

@@ -10,29 +10,21 @@ from typing import Any
 import pytest
 import torch
 from no_sync import no_sync
-from tiny_transformers import BUILD, build, inputs
+from tiny_transformers import BUILD, build, convert, inputs
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from ssod_fast.dropin import _patch  # noqa: E402
-from ssod_fast.dropin import transformers as dropin  # noqa: E402
-from ssod_fast.dropin._patch import NothingPatched, UnknownSurface  # noqa: E402
-from ssod_fast.dropin.transformers import attention, models  # noqa: E402
+from ssod_fast.dropin import _patch
+from ssod_fast.dropin import transformers as dropin
+from ssod_fast.dropin._patch import NothingPatched, UnknownSurface
+from ssod_fast.dropin.transformers import attention, models
 
 PLACES = {
     "deformable_detr": 3, "rt_detr": 2, "rt_detr_v2": 2, "d_fine": 3, "rf_detr": 2, "grounding_dino": 3, "mask2former": 1, "oneformer": 1,
 }  # fmt: skip
 DOUBLE = ("deformable_detr", "rt_detr", "rt_detr_v2", "rf_detr", "grounding_dino")  # the others mix in float32 of their own
 SUFFIX = "MultiscaleDeformableAttention"
-
-
-def convert(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: convert(entry, dtype) for key, entry in value.items()}
-    return [convert(entry, dtype) for entry in value] if isinstance(value, list) else value
 
 
 def run(model: nn.Module, name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
