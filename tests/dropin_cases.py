@@ -29,21 +29,21 @@ class OurOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def level_tensors(shapes: Sequence[Sequence[int]] = SHAPES) -> tuple[Tensor, Tensor]:
+def level_tensors(device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Sizes [L, 2] and first tokens [L]."""
-    sizes = torch.tensor(shapes)
-    return sizes, torch.cat((torch.zeros(1, dtype=torch.int64), sizes.prod(1).cumsum(0)[:-1]))
+    sizes = torch.tensor(SHAPES)
+    return sizes.to(device), torch.cat((torch.zeros(1, dtype=torch.int64), sizes.prod(1).cumsum(0)[:-1])).to(device)
 
 
-def samples(
-    batch: int = 2, queries: int = 6, heads: int = 4, channels: int = 8, points: int = 2, shapes: Sequence[Sequence[int]] = SHAPES
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, 6-D locations (some outside) and softmaxed weights, all of them leaves."""
+def samples(batch: int = 2, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Value, 6-D locations (some outside) and softmaxed weights of 6 queries, 4 heads of 8 channels and 2 points, all of them leaves."""
+    shapes, queries, heads, channels, points = SHAPES, 6, 4, 8, 2
     tokens = sum(h * w for h, w in shapes)
     value = torch.randn(batch, tokens, heads, channels)
     locations = torch.rand(batch, queries, heads, len(shapes), points, 2) * 1.4 - 0.2
     weights = torch.randn(batch, queries, heads, len(shapes), points).flatten(3).softmax(-1).unflatten(3, (len(shapes), points))
-    return value.requires_grad_(), locations.requires_grad_(), weights.requires_grad_()
+    value, locations, weights = (t.to(device).requires_grad_() for t in (value, locations, weights))
+    return value, locations, weights
 
 
 def perturb(model: nn.Module) -> None:
@@ -57,7 +57,7 @@ def perturb(model: nn.Module) -> None:
 def gradients(function: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
     """The result and the gradients of a random weighted sum of it; None where nothing depends on a leaf."""
     out = function()
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
     return out.detach(), *torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
 
 

@@ -81,6 +81,22 @@ def test_module_keeps_its_state_and_results(module: ModuleType) -> None:
     assert ops.names == ["ms_deform_attn", "ms_deform_attn_backward"]
 
 
+@pytest.mark.gpu
+def test_module_on_a_gpu_calls_the_function(module: ModuleType) -> None:
+    torch.manual_seed(0)
+    attention = module.MultiScaleDeformableAttention(32, 4, 3, 2, dropout=0.0)
+    perturb(attention)
+    query, tokens, points = torch.randn(6, 2, 32), torch.randn(51, 2, 32), torch.rand(2, 6, 3, 4)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        sizes, start = level_tensors(device)
+        named = {"reference_points": points.to(device), "spatial_shapes": sizes, "level_start_index": start}
+        with mmcv.patch(), OurOps() as ops:
+            outputs.append(attention.to(device)(query.to(device), value=tokens.to(device), **named).cpu())
+        assert ops.names == ["ms_deform_attn"]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
 def test_what_the_compiled_kernel_refuses_works(module: ModuleType) -> None:
     leaves = samples(batch=65)
     with pytest.raises(RuntimeError, match="refuses"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from deform_cases import DEVICES
 from dropin_cases import CLOSE, SHAPES, OurOps, assert_same, gradients, level_tensors, perturb
 from no_sync import no_sync
 from torch import Tensor, nn
@@ -85,8 +86,9 @@ def test_sizes_on_the_host(real: Any) -> None:
             layer(*args, input_spatial_shapes_hw=[(5, 7), (3, 4), (2, 3)])
 
 
-def test_nothing_waits_for_the_device(attention_class: Any) -> None:
-    layer, args = make(attention_class), inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_waits_for_the_device(attention_class: Any, device: str) -> None:
+    layer, args = make(attention_class).to(device), [t.detach().to(device) for t in inputs()]
     with rfdetr.patch(layer), no_sync():
         layer(*args).sum().backward()
 
@@ -178,9 +180,7 @@ def test_refusals(attention_class: Any) -> None:
         def __init__(self, d_model: int, n_levels: int, n_heads: int, n_points: int, use_4D_normalizer: bool = False) -> None:
             super().__init__()
 
-    with pytest.raises(
-        UnknownSurface, match=r"takes \(d_model, .*, use_4D_normalizer\), expected \(d_model, n_levels, n_heads,"
-    ):
+    with pytest.raises(UnknownSurface, match=r"takes \(d_model, .*, use_4D_normalizer\), expected \(d_model, n_levels, n_heads,"):
         rfdetr.patch(nn.ModuleList([good, MSDeformAttn(1, 1, 1, 1)]))
     assert "forward" not in vars(good.cross_attn)
 
@@ -189,7 +189,5 @@ def test_refusals(attention_class: Any) -> None:
             return query
 
     Renamed.__name__ = "MSDeformAttn"
-    with pytest.raises(
-        UnknownSurface, match=r"forward takes \(self, query, refer_bbox, value\), expected \(self, query,"
-    ):
+    with pytest.raises(UnknownSurface, match=r"forward takes \(self, query, refer_bbox, value\), expected \(self, query,"):
         rfdetr.patch(Renamed(32, 3, 4, 2))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from deform_cases import DEVICES
 from dropin_cases import CLOSE, OurOps, assert_same, gradients, perturb
 from no_sync import no_sync
 from torch import Tensor, nn
@@ -108,9 +109,10 @@ def test_maps_higher_than_wide_where_the_original_fails() -> None:
         assert_same(run(model, TALL), clamped)
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_waits_for_the_device(device: str) -> None:
     for repository, method in (("rtdetr v2", "discrete"), ("dfine", "default")):
-        model, (query, boxes, memory) = make(repository, method), inputs()
+        model, (query, boxes, memory) = make(repository, method).to(device), (t.detach().to(device) for t in inputs())
         with rtdetr.patch(model), no_sync():
             model(query, boxes, memory, SHAPES).sum().backward()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -19,13 +20,13 @@ GROUNDING = "groundingdino.models.GroundingDINO.ms_deform_attn"
 pytestmark = pytest.mark.usefixtures("standins")
 
 
-def check_autograd_function(function: Any, expected: Any = None, batch: int = 2) -> None:
+def check_autograd_function(function: Any, batch: int = 2, device: str = "cpu") -> None:
     """Output and three gradients equal the composition, with our ops at work."""
     from standin_attention import compose
 
-    sizes, start = level_tensors()
+    sizes, start = level_tensors(device)
     torch.manual_seed(0)
-    value, locations, weights = leaves = samples(batch)
+    value, locations, weights = leaves = samples(batch, device)
     with OurOps() as ops:
         actual = gradients(lambda: function.apply(value, sizes, start, locations, weights, 64), *leaves)
     assert ops.names == ["ms_deform_attn", "ms_deform_attn_backward"]
@@ -42,6 +43,19 @@ def test_code_of_the_deformable_detr_family_runs_unchanged() -> None:
         check_autograd_function(function, batch=65)  # which no im2col_step of 64 divides
     assert "MultiScaleDeformableAttention" not in sys.modules
     check_autograd_function(function)  # who holds the shim keeps it
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    with install_as("MultiScaleDeformableAttention"):
+        check_autograd_function(importlib.import_module("standin_deformable_detr").MSDeformAttnFunction, device="cuda")
+
+
+def test_import_needs_none_of_the_packages_it_patches() -> None:
+    packages = "{'transformers', 'torchvision', 'mmcv', 'detrex', 'groundingdino', 'ultralytics', 'rfdetr', 'scipy'}"
+    code = f"import ssod_fast.dropin, sys; sys.exit(str(sorted({packages} & set(sys.modules)) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_mixed_dtypes_get_gradients_in_their_own() -> None:

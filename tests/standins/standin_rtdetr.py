@@ -117,7 +117,7 @@ class SplittingDecoder(TokenDecoder):
         return split_levels(value.unflatten(2, (self.num_head, -1)), memory_spatial_shapes)
 
     def forward(self, query, boxes, memory, shapes):
-        value = self.value_op(memory, self.project, None, torch.ones(memory.shape[:2]), shapes)
+        value = self.value_op(memory, self.project, None, torch.ones_like(memory[..., 0]), shapes)
         for layer in self.layers:
             query = query + layer(query, boxes.unsqueeze(2), value, shapes)
         return query
