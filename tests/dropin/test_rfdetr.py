@@ -77,6 +77,29 @@ def test_output_and_gradients_before_and_after(attention_class: Any, numbers: in
     assert ops.names == []
 
 
+def test_decoder_of_the_package(real: Any) -> None:
+    transformer_class = importlib.import_module("rfdetr.models.transformer").Transformer
+    torch.manual_seed(0)
+    model = transformer_class(
+        32, 4, 4, 6, 2, 48, return_intermediate_dec=True, num_feature_levels=2, dec_n_points=2, bbox_reparam=True, lite_refpoint_refine=True
+    )
+    perturb(model)
+    sizes = [(5, 7), (3, 4)]
+    maps, positions = ([torch.randn(2, 32, h, w, requires_grad=True) for h, w in sizes] for _ in range(2))
+    masks = [torch.rand(2, h, w) < 0.2 for h, w in sizes]
+    boxes, queries = torch.rand(6, 4), torch.randn(6, 32, requires_grad=True)
+    leaves = *maps, queries, *model.parameters()
+
+    def run() -> Tensor:
+        return model(maps, masks, positions, boxes, queries)[0]
+
+    before = gradients(run, *leaves)
+    with rfdetr.patch(model) as patched, OurOps() as ops:
+        assert patched.places == tuple(f"decoder.layers.{i}.cross_attn.forward" for i in range(2))
+        assert_same(gradients(run, *leaves), before)
+    assert ops.names == ["ms_deform_attn_fused"] * 2 + ["ms_deform_attn_fused_backward"] * 2
+
+
 def test_sizes_on_the_host(real: Any) -> None:
     layer, args = make(real), inputs()
     expected = layer(*args)
