@@ -103,9 +103,9 @@ def oneformer(**options: Any) -> nn.Module:
     config = OneFormerConfig(
         backbone_config=SwinConfig(**SWIN, out_features=["stage1", "stage2", "stage3", "stage4"]), conv_dim=32, mask_dim=32, hidden_dim=32,
         encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6,
-        num_labels=3, train_num_points=64, backbone=None, use_pretrained_backbone=False, text_encoder_width=32,
-        text_encoder_context_length=7, text_encoder_num_layers=1, text_encoder_vocab_size=50, text_encoder_n_ctx=2, query_dec_layers=1,
-        task_seq_len=7, is_training=False, **options,
+        num_labels=3, train_num_points=64, backbone=None, use_pretrained_backbone=False, text_encoder_width=64,
+        text_encoder_context_length=7, text_encoder_num_layers=1, text_encoder_vocab_size=50, text_encoder_n_ctx=0, query_dec_layers=1,
+        task_seq_len=7, is_training=True, dropout=0.0, **options,
     )  # fmt: skip
     return OneFormerForUniversalSegmentation(config)
 
@@ -170,6 +170,7 @@ def inputs(name: str, sizes: tuple[int, ...] = (3, 2), *, padded: bool = True, t
             given["class_labels"] = [torch.randint(0, 3, (n,), generator=generator) for n in sizes]
         if name == "oneformer":
             given["task_inputs"] = torch.randint(0, 50, (len(sizes), 7), generator=generator)
+            given["text_inputs"] = torch.randint(0, 50, (len(sizes), 6, 7), generator=generator)
     elif train:
         given["labels"] = labels(sizes)
     if name == "grounding_dino":

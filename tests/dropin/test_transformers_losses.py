@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from ssod_fast.dropin import transformers as dropin
 from ssod_fast.dropin._patch import UnknownSurface
 from ssod_fast.dropin.transformers.losses import DetrLoss
 
+CLEAN = "dn_num_split" in inspect.getsource(loss_rt_detr.RTDetrForObjectDetectionLoss).partition("auxiliary_loss")[0]
 FAMILIES = [name for name in BUILD if "former" not in name]
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -162,6 +164,12 @@ def learn(model: nn.Module, name: str, sizes: tuple[int, ...]) -> tuple[Any, dic
     return outputs, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
 
 
+def skip_where_noise_counts(name: str) -> None:
+    """Before this was mended, transformers matched the denoising queries of the last layer with the targets."""
+    if name in ("rt_detr", "rt_detr_v2", "d_fine") and not CLEAN:
+        pytest.skip("this version of transformers takes denoising queries for predictions")
+
+
 def assert_same(found: tuple[Any, dict[str, Tensor]], expected: tuple[Any, dict[str, Tensor]]) -> None:
     (ours, our_grads), (theirs, their_grads) = found, expected
     torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-5, rtol=1e-5)
@@ -183,6 +191,8 @@ def test_losses_and_gradients_stay_the_same(name: str, sizes: tuple[int, ...]) -
     expected = learn(model, name, sizes)
     with dropin.patch_matchers():
         assert_same(learn(model, name, sizes), expected)
+    if sum(sizes):
+        skip_where_noise_counts(name)
     with dropin.set_loss(model) as patched:
         assert patched.count == 1
         assert_same(learn(model, name, sizes), expected)
@@ -192,6 +202,8 @@ def test_losses_and_gradients_stay_the_same(name: str, sizes: tuple[int, ...]) -
 @pytest.mark.parametrize("name", ["deformable_detr", "rt_detr", "d_fine", "grounding_dino"])
 def test_losses_in_evaluation(name: str) -> None:
     model = build(name).eval()
+    if name == "grounding_dino":  # amplifies rounding errors
+        model.double()
     expected = learn(model, name, (3, 2))
     dropin.set_loss(model)
     assert_same(learn(model, name, (3, 2)), expected)
@@ -199,6 +211,7 @@ def test_losses_in_evaluation(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["deformable_detr", "rt_detr", "grounding_dino"])
 def test_losses_without_auxiliary_outputs(name: str) -> None:
+    skip_where_noise_counts(name)
     model = build(name).train()
     model.config.auxiliary_loss = False
     expected = learn(model, name, (3, 2))

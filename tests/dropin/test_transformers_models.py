@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -230,10 +231,10 @@ def test_wrappers_with_points_boxes_and_masks(name: str, coordinates: int) -> No
         "encoder_hidden_states": tokens,
         "position_embeddings": positions,
         "reference_points": torch.rand(2, 7, levels, coordinates, generator=generator),
+        "spatial_shapes": torch.tensor(sizes[:levels]),
         "spatial_shapes_list": sizes[:levels],
     }
-    if name != "mask2former":
-        given["spatial_shapes"] = torch.tensor(sizes[:levels])
+    given = {key: value for key, value in given.items() if key in inspect.signature(type(wrapper).forward).parameters}
     given["output_attentions"] = True
     expected = wrapper(queries, **given)
     for fused in (True, False):

@@ -348,7 +348,10 @@ _MASK2FORMER = Wrapper(
 )
 _ONEFORMER = Wrapper(
     oneformer_forward,
-    ((*_BASE_PARAMETERS[:7], "level_start_index", "output_attentions", "spatial_shapes_list"),),
+    (
+        (*_BASE_PARAMETERS[:7], "level_start_index", "output_attentions", "spatial_shapes_list"),
+        (*_BASE_PARAMETERS[:7], "level_start_index", "output_attentions"),  # 5.17
+    ),
     _BASE.members,
 )
 _BASE_MODELS = (

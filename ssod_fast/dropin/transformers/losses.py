@@ -273,7 +273,8 @@ def split_all(predictions: Mapping[str, Tensor], noise: Denoising | None) -> tup
 class RTDetrLoss(Loss):
     """RT-DETR and RT-DETRv2: the varifocal loss, also of the encoder's proposals and of denoising queries.
 
-    The loss dict holds what is summed up, factors included.
+    The loss dict holds what is summed up, factors included. Denoising queries are no predictions of the last layer; older versions of
+    transformers match them with the targets all the same.
     """
 
     def __call__(
