@@ -135,8 +135,9 @@ SSOD_HD OwnSample<typename Traits::T> show_chunk(Group& group, const InputOf<Tra
   const int32_t k = k0 + group.rank();
   OwnSample<typename Traits::T> own{};
   if (active && k < in.samples) {
+    const auto weight = row.weights.template load<typename Traits::T>(k);  // on its way while the sample is located
     own = locate_sample<fused>(in, row, levels, tokens, k);
-    own.weight = row.weights.template load<typename Traits::T>(k);
+    own.weight = weight;
     if constexpr (fused) {
       own.weight = std::exp(own.weight - softmax.shift) * softmax.scale;
     }

@@ -22,13 +22,13 @@ SSOD_HD int32_t strip_token(int32_t p, int32_t height, int32_t width) {
 // Token of position p of a pyramid whose levels follow each other, which hold more than p tokens together. Levels have
 // members height and width.
 template <typename Level>
-SSOD_HD int64_t pyramid_token(int64_t p, const Level* levels) {
-  int64_t first = 0;
+SSOD_HD int32_t pyramid_token(int32_t p, const Level* levels) {
+  int32_t first = 0;
   for (;; ++levels) {
-    const int64_t size = levels->height * levels->width;
+    const auto height = static_cast<int32_t>(levels->height), width = static_cast<int32_t>(levels->width);
+    const int32_t size = height * width;
     if (p < size) {
-      return first + strip_token(static_cast<int32_t>(p), static_cast<int32_t>(levels->height),
-                                 static_cast<int32_t>(levels->width));
+      return first + strip_token(p, height, width);
     }
     p -= size;
     first += size;

@@ -22,17 +22,24 @@ struct Problem {
   typename Traits::T* lse;  // [B, Q, M], of the fused op
 };
 
+// Blocks per processor: as many as spill no registers; few where two channels per lane say that there is little work.
 template <bool fused, typename Traits>
-__global__ void __launch_bounds__(kThreads, 8) attend_kernel(const __grid_constant__ Problem<Traits> p) {
+constexpr int kBlocks = Traits::kVector == 2 ? 4
+                        : fused              ? 7
+                                             : 8;
+
+template <bool fused, typename Traits>
+__global__ void __launch_bounds__(kThreads, kBlocks<fused, Traits>)
+    attend_kernel(const __grid_constant__ Problem<Traits> p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ BoardOf<Traits> boards[kThreads / 32];
   auto* levels = reinterpret_cast<SampledLevel<typename Traits::T>*>(shared);
   BlockThreads block;
   fill_levels(block, p.levels, p.offset_scale, levels);
-  const bool strips = p.schedule.strips && levels_cover(levels, p.levels.count, p.schedule.queries);
+  const BlockRows rows = block_rows(p.schedule, blockIdx.x, levels, p.levels.count);
   LaneGroup<Traits::kLanes> group;
   for (int32_t i = threadIdx.x / Traits::kLanes; i < p.schedule.per_block; i += Traits::kRows) {
-    const SampleRow place = scheduled_row(p.schedule, blockIdx.x, i, strips, levels);
+    const SampleRow place = scheduled_row(p.schedule, rows, i, levels);
     attend_row<fused, Traits>(group, p.samples, levels, p.value, place, boards[threadIdx.x / 32], p.out, p.lse);
   }
 }
@@ -50,7 +57,7 @@ void launch(const Arguments& a, void* out, void* lse, cudaStream_t stream) {
                           static_cast<T*>(lse)};
   const size_t bytes = a.levels() * sizeof(SampledLevel<T>);
   const auto kernel = lse ? attend_kernel<true, Traits> : attend_kernel<false, Traits>;
-  kernel<<<deform::blocks_of(p.schedule), kThreads, bytes, stream>>>(p);
+  kernel<<<deform::blocks_of(a, p.schedule), kThreads, bytes, stream>>>(p);
   check_launch("ms_deform_attn");
 }
 

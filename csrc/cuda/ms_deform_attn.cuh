@@ -172,10 +172,11 @@ RowSchedule schedule_for(const Arguments& a) {
   return make_row_schedule(a.images(), a.queries(), a.heads(), a.tokens(), Traits::kRows);
 }
 
-inline unsigned blocks_of(const RowSchedule& schedule) {
-  STD_TORCH_CHECK(schedule.blocks() <= std::numeric_limits<int32_t>::max(),
-                  "ms_deform_attn: too many queries: ", schedule.queries, " under ", schedule.heads, " heads of ",
-                  schedule.images, " images");
+inline unsigned blocks_of(const Arguments& a, const RowSchedule& schedule) {
+  constexpr int64_t kMaximum = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(a.queries() <= kMaximum && schedule.blocks() <= kMaximum,
+                  "ms_deform_attn: too many queries: ", a.queries(), " under ", a.heads(), " heads of ", a.images(),
+                  " images");
   return static_cast<unsigned>(schedule.blocks());
 }
 

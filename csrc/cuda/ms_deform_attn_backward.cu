@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(kThreads, 4) attend_backward_kernel(const __gr
   auto* levels = reinterpret_cast<SampledLevel<typename Traits::T>*>(shared);
   BlockThreads block;
   fill_levels(block, p.levels, p.offset_scale, levels);
-  const bool strips = p.schedule.strips && levels_cover(levels, p.levels.count, p.schedule.queries);
+  const BlockRows rows = block_rows(p.schedule, blockIdx.x, levels, p.levels.count);
   LaneGroup<Traits::kLanes> group;
   for (int32_t i = threadIdx.x / Traits::kLanes; i < p.schedule.per_block; i += Traits::kRows) {
-    const SampleRow place = scheduled_row(p.schedule, blockIdx.x, i, strips, levels);
+    const SampleRow place = scheduled_row(p.schedule, rows, i, levels);
     attend_row_backward<fused, Traits>(group, p.input, levels, place, boards[threadIdx.x / 32],
                                        fused ? products_of(p, place, levels + p.levels.count) : nullptr);
   }
@@ -122,7 +122,7 @@ void launch(const Arguments& a, const Gradients& g, void* grad_value, cudaStream
                           make_input<Traits>(a, g, grad_value), data_or_null<T>(products)};
   const size_t bytes = a.levels() * sizeof(SampledLevel<T>) + (products ? 0 : product_bytes);
   const auto kernel = g.lse ? attend_backward_kernel<true, Traits> : attend_backward_kernel<false, Traits>;
-  kernel<<<deform::blocks_of(p.schedule), kThreads, bytes, stream>>>(p);
+  kernel<<<deform::blocks_of(a, p.schedule), kThreads, bytes, stream>>>(p);
   check_launch("ms_deform_attn_backward");
 }
 

@@ -168,11 +168,11 @@ void each_row(const Arguments<X>& arguments, F&& work) {
   ssod::run_team(lanes, [&](ssod::ThreadTeam& team) {
     ssod::fill_levels(team, source, arguments.offset_scale, levels.data());
     ThreadGroup group(team, slots);
-    const bool strips = schedule.strips && ssod::levels_cover(levels.data(), source.count, arguments.queries());
     for (int64_t block = 0; block < schedule.blocks(); ++block) {
+      const auto rows = ssod::block_rows(schedule, static_cast<uint32_t>(block), levels.data(), source.count);
       for (int32_t position = 0; position < schedule.per_block; ++position) {
         group.move(position % (32 / lanes));
-        work(group, ssod::scheduled_row(schedule, block, position, strips, levels.data()), levels.data());
+        work(group, ssod::scheduled_row(schedule, rows, position, levels.data()), levels.data());
       }
     }
   });
