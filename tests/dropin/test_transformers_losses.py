@@ -199,7 +199,7 @@ def test_losses_and_gradients_stay_the_same(name: str, sizes: tuple[int, ...]) -
     assert "_loss_function" not in vars(model)
 
 
-@pytest.mark.parametrize("name", ["deformable_detr", "rt_detr", "d_fine", "grounding_dino"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_losses_in_evaluation(name: str) -> None:
     model = build(name).eval()
     if name == "grounding_dino":  # amplifies rounding errors

@@ -413,6 +413,29 @@ def test_functions_are_replaced_by_registration(name: str, monkeypatch: pytest.M
     assert len(calls) == PLACES[name]
 
 
+MODULES = (
+    "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "grounding_dino", "mm_grounding_dino", "lw_detr", "rf_detr",
+    "omdet_turbo", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4", "mask2former", "oneformer",
+)  # fmt: skip
+
+
+def test_every_wrapper_of_this_version_is_known() -> None:
+    """Also those whose models are not built here."""
+    found = 0
+    for name in MODULES:
+        module = _patch.optional(f"transformers.models.{name}.modeling_{name}")
+        for key, value in vars(module).items() if module else ():
+            if key.endswith(SUFFIX):
+                wrapper = attention.WRAPPERS[key]
+                _patch.check_parameters(value.forward, key, *[("self", *names) for names in wrapper.parameters])
+                accepted = inspect.signature(wrapper.forward).parameters
+                assert all(part.lstrip("*") in accepted for part in _patch.parameters(value.forward)[1:])
+                found += 1
+            if key == models.CORE:
+                _patch.check_parameters(value.forward, name, ("self", *models._CORE_PARAMETERS))
+    assert found >= len(MODULES) - 1  # version 5.17 has one model less
+
+
 def test_a_model_without_such_attention_is_refused() -> None:
     with pytest.raises(NothingPatched, match="Linear has no multi-scale deformable attention of transformers"):
         dropin.patch(nn.Linear(2, 2))

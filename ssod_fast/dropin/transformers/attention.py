@@ -143,6 +143,7 @@ def base_forward(
     spatial_shapes: Any = None,
     spatial_shapes_list: Any = None,
     level_start_index: Any = None,
+    output_attentions: Any = None,
     **kwargs: Any,
 ) -> Result:
     """Forward of the wrappers of Deformable DETR, RT-DETR (both), LW-DETR, RF-DETR, Grounding DINO, OmDet-Turbo and PP-DocLayout.
@@ -159,7 +160,8 @@ def base_forward(
         spatial_shapes: int64 [L, 2].
         spatial_shapes_list: the same on the host.
         level_start_index: not needed.
-        kwargs: `output_attentions`; the rest is not used.
+        output_attentions: whether attention weights are wanted.
+        kwargs: not used.
 
     Returns:
         [B, Q, E], and attention weights where somebody looks at them, else None.
@@ -168,7 +170,7 @@ def base_forward(
     value = _project(module, encoder_hidden_states, hidden)
     queries = hidden_states if position_embeddings is None else hidden_states + position_embeddings
     shapes = _known(spatial_shapes_list, spatial_shapes)
-    out, weights = _attend(module, mode, queries, value, reference_points, shapes, kwargs.get("output_attentions"))
+    out, weights = _attend(module, mode, queries, value, reference_points, shapes, output_attentions)
     return module.output_proj(out), weights
 
 
