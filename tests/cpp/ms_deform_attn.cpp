@@ -287,6 +287,19 @@ Array<int64_t> strip_order(int32_t height, int32_t width) {
   return out;
 }
 
+// Places on the board of the samples of every group of a warp, [group][sample], and the size of the board.
+template <int lanes>
+std::pair<std::vector<std::vector<int>>, int> slots() {
+  using Board = ssod::SampleBoard<float, lanes>;
+  std::vector<std::vector<int>> found(Board::kGroups, std::vector<int>(lanes));
+  for (int group = 0; group < Board::kGroups; ++group) {
+    for (int sample = 0; sample < lanes; ++sample) {
+      found[group][sample] = Board::slot(group, sample);
+    }
+  }
+  return {found, lanes * Board::kStride};
+}
+
 template <typename X>
 void bind(py::module_& m, const char* name) {
   py::class_<Arguments<X>>(m, name).def(
@@ -310,6 +323,11 @@ PYBIND11_MODULE(ms_deform_attn, m) {
   m.def("ordered_f32", &ordered<HostTraits<float, 4, 1, false>>);
   m.def("ordered_f64", &ordered<HostTraits<double, 4, 1, false>>);
   m.def("strip_order", &strip_order);
+  m.def("slots_2", &slots<2>);
+  m.def("slots_4", &slots<4>);
+  m.def("slots_8", &slots<8>);
+  m.def("slots_16", &slots<16>);
+  m.def("slots_32", &slots<32>);
   bind<float>(m, "Arguments32");
   bind<double>(m, "Arguments64");
   bind_rows<float, 2, 4, true>(m, "f32_2x4");
