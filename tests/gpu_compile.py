@@ -52,17 +52,26 @@ class Compiler:
     def _compile(self, *args: Any, **options: Any) -> None:
         names = [parameter.name for parameter in self.kernel.params]
         values = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
-        signature, constants = {}, {}
+        signature, constants, hints = {}, {}, {}
         for parameter in self.kernel.params:
             value = values[parameter.name]
             kind = "constexpr" if parameter.is_constexpr else _type(value, parameter.do_not_specialize)
             signature[parameter.name] = kind
+            if _is_aligned(value, parameter.do_not_specialize) and kind != "constexpr":
+                hints[(parameter.num,)] = [["tt.divisibility", 16]]
             if kind == "constexpr":
                 constants[(parameter.num,)] = value
             elif isinstance(kind, tuple):
                 constants |= {(parameter.num, i): value[i] for i, part in enumerate(kind) if part == "constexpr"}
-        compiled = triton.compile(ASTSource(self.kernel, signature, constants), target=self.target, options=options)
+        compiled = triton.compile(ASTSource(self.kernel, signature, constants, hints), target=self.target, options=options)
         self.seen(self.kernel.__name__, compiled.asm["ptx"])
+
+
+def _is_aligned(value: Any, plain: bool) -> bool:
+    """Whether a launch tells the compiler that an address or an integer is a multiple of 16."""
+    if isinstance(value, Tensor):
+        return value.data_ptr() % 16 == 0
+    return type(value) is int and value % 16 == 0 and not plain
 
 
 def _type(value: Any, plain: bool) -> Any:
@@ -71,7 +80,8 @@ def _type(value: Any, plain: bool) -> Any:
     A named tuple has a tuple of types.
     """
     if isinstance(value, tuple):
-        return type(value)(*(_type(part, plain) for part in value))
+        parts = [_type(part, plain) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if isinstance(value, int):
@@ -173,6 +183,23 @@ def launch_one_to_many(rule: str, every: bool) -> None:
     one_to_many_assign.one_to_many_assign(torch.rand(2, 2, 700, 9), *arguments, priors, torch.rand(2, 2), levels, 2, *options, every)
 
 
+def launch_attention(dtype: torch.dtype) -> None:
+    """Calls every launcher of deformable attention, with queries that are pixels and with few; 16 bytes of channels per lane."""
+    from ssod_fast.kernels import ms_deform_attn
+
+    for queries, hw in ((80, None), (9, [8, 8, 4, 4])):
+        value, samples = torch.rand(2, 80, 2, 32, dtype=dtype), torch.rand(2, queries, 2, 4, 3, dtype=dtype)
+        xy, weights = samples[..., :2].contiguous(), samples[..., 2].contiguous()
+        tables = None if hw else torch.tensor([[8, 8], [4, 4]]), None
+        plain = (value, *tables, xy, weights, hw, None, int(hw is None))
+        out = ms_deform_attn.ms_deform_attn(*plain)
+        ms_deform_attn.ms_deform_attn_backward(out, *plain, False)
+        reference = torch.rand(2, queries, 2, 4 if hw else 2, dtype=torch.promote_types(dtype, torch.float32))
+        fused = (value, *tables, reference, xy, weights, hw, None, 0.5)
+        out, lse = ms_deform_attn.ms_deform_attn_fused(*fused)
+        ms_deform_attn.ms_deform_attn_fused_backward(out, *fused, lse, True, False)
+
+
 def main() -> None:
     """Compiles and checks that every division is exact and no product is contracted."""
     from ssod_fast.kernels import (
@@ -186,6 +213,7 @@ def main() -> None:
         gmm_threshold,
         linear_assignment,
         matching_cost,
+        ms_deform_attn,
         neighborhood_boxes,
         one_to_many_assign,
         paired_box_iou,
@@ -205,6 +233,14 @@ def main() -> None:
         assert "fma." not in ptx or name in TRANSCENDENTAL, f"{name} contracts a product into a sum"
         check_division(name, ptx)
 
+    def check_attention(name: str, ptx: str) -> None:
+        wide = "ld.global.v4.b32" in ptx or "ld.global.v2.b64" in ptx
+        # A lane adds 16 bytes of floats at once, which are 8 bytes of a half-precision value.
+        assert wide or ("bwd" in name and "ld.global.v2.b32" in ptx), f"{name} does not read 16 bytes at once"
+        assert ".cas" not in ptx, f"{name} adds by compare and swap"
+        assert "atom.global.gpu.relaxed.add.v4.f32" in ptx or "fwd" in name or ".target sm_90" not in ptx, f"{name} adds single floats"
+        check_division(name, ptx)
+
     cases = {90: ("giou", "zero", torch.float32), 80: ("ciou", "add", torch.float64)}
     for capability, case in cases.items():
         for module in (box_iou, box_iou_below, box_iou_max, compose, compose_boxes, paired_box_iou, *bags, *matching):
@@ -216,6 +252,8 @@ def main() -> None:
             compiling(one_to_many_assign, capability, seen)
             for i, rule in enumerate(rules):
                 launch_one_to_many(rule, every=i % 2 == (capability == 90))
+        compiling(ms_deform_attn, capability, check_attention)
+        launch_attention(torch.bfloat16 if capability == 80 else torch.float32)
         launch_compose(*((2, torch.float32) if capability == 90 else (1, torch.bfloat16)))
 
 

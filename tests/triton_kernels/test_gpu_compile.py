@@ -41,6 +41,8 @@ KERNELS = {
     "trim_kernel",
     "rescue_kernel",
     "finish_kernel",
+    "ms_deform_attn_fwd_kernel",
+    "ms_deform_attn_bwd_kernel",
 }
 
 
