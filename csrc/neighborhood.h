@@ -70,11 +70,17 @@ SSOD_HD Proposal<T> propose(const Source<T>& source, const Step<T>& step) {
   return {{cx - w / T(2), cy - h / T(2), cx + w / T(2), cy + h / T(2)}, w, h, dx, dy};
 }
 
+// The lower of two numbers, NaN where either is: a size of an image may be NaN, and nothing is inside of such an image.
+template <typename T>
+SSOD_HD T lower_or_nan(T a, T b) {
+  return (a < b) | (a != a) ? a : b;  // without a branch
+}
+
 // Share of a box inside of (0, 0, w, h); 0 for one without area. Comparisons keep the NaN of a box that is not finite.
 template <typename T>
 SSOD_HD T share_inside(const Corners<T>& b, T w, T h) {
   const T low_x = b.x1 < T(0) ? T(0) : b.x1, low_y = b.y1 < T(0) ? T(0) : b.y1;
-  const T iw = (b.x2 > w ? w : b.x2) - low_x, ih = (b.y2 > h ? h : b.y2) - low_y;
+  const T iw = lower_or_nan(b.x2, w) - low_x, ih = lower_or_nan(b.y2, h) - low_y;
   const T inter = (iw < T(0) ? T(0) : iw) * (ih < T(0) ? T(0) : ih);
   const T area = (b.x2 - b.x1) * (b.y2 - b.y1);
   return inter / (area < T(1e-6) ? T(1e-6) : area);
@@ -82,8 +88,7 @@ SSOD_HD T share_inside(const Corners<T>& b, T w, T h) {
 
 template <typename T>
 SSOD_HD T clipped(T x, T limit) {
-  const T low = x < T(0) ? T(0) : x;
-  return low > limit ? limit : low;
+  return lower_or_nan(x < T(0) ? T(0) : x, limit);
 }
 
 template <typename T>
@@ -112,16 +117,15 @@ enum class Cut : int64_t { symmetry, clamp, ignore };
 // One end of the shorter way from a point to the edges of its image, twice; NaN stays.
 template <typename T>
 SSOD_HD T shrunk(T side, T centre, T limit) {
-  const T left = T(2) * centre, right = T(2) * (limit - centre);
-  const T room = right < left ? right : left;
-  const T kept = room < side ? room : side;
+  const T room = lower_or_nan(T(2) * centre, T(2) * (limit - centre));
+  const T kept = lower_or_nan(side, room);
   return kept < T(0) ? T(0) : kept;
 }
 
 // A box of size scale * base * ratio by scale * base / ratio around (cx, cy), with base = min(w, h) / 100.
 template <typename T>
 SSOD_HD Corners<T> box_around(T cx, T cy, T scale, T ratio, T image_w, T image_h, Cut cut) {
-  const T base = (image_w < image_h ? image_w : image_h) / T(100);
+  const T base = lower_or_nan(image_w, image_h) / T(100);
   T w = scale * base * ratio, h = scale * base / ratio;
   if (cut == Cut::symmetry) {
     w = shrunk(w, cx, image_w);

@@ -38,19 +38,23 @@ def factor(i, FACTORS: tl.constexpr, COUNT: tl.constexpr, zero):
 
 
 @triton.jit
+def lower_or_nan(a, b):
+    """The lower of two numbers, NaN where either is."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
 def clip(x, limit):
-    """x within 0..limit; NaN stays."""
-    x = tl.where(x < 0, 0.0, x)
-    return tl.where(x > limit, limit, x)
+    """x within 0..limit; NaN where either is."""
+    return lower_or_nan(tl.where(x < 0, 0.0, x), limit)
 
 
 @triton.jit
 def inside_share(x1, y1, x2, y2, width, height, AREA_FLOOR: tl.constexpr):
-    """Share of boxes that lies in the image, their area raised to AREA_FLOOR; NaN for boxes that are NaN."""
-    w = tl.maximum(tl.minimum(x2, width) - tl.maximum(x1, 0.0), 0.0)
-    h = tl.maximum(tl.minimum(y2, height) - tl.maximum(y1, 0.0), 0.0)
-    area = (x2 - x1) * (y2 - y1)
-    return true_div(tl.where(area == area, w * h, area), at_least(area, AREA_FLOOR))
+    """Share of boxes that lies in the image, their area raised to AREA_FLOOR; NaN for boxes and images that are NaN."""
+    w = at_least(lower_or_nan(x2, width) - at_least(x1, 0.0), 0.0)
+    h = at_least(lower_or_nan(y2, height) - at_least(y1, 0.0), 0.0)
+    return true_div(w * h, at_least((x2 - x1) * (y2 - y1), AREA_FLOOR))
 
 
 @triton.jit

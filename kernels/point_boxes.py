@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.point_boxes import CLAMP, IGNORE, MIN_AREA, SYMMETRY
-from ._bags import clip, factor, image_of_rows, image_size, inside_share, store_box
+from ._bags import clip, factor, image_of_rows, image_size, inside_share, lower_or_nan, store_box
 from ._boxes import NO_FMA
-from ._common import cdiv, on_device, true_div
+from ._common import at_least, cdiv, on_device, true_div
 
 BLOCK = 256
 SYMMETRY_, CLAMP_, IGNORE_ = tl.constexpr(SYMMETRY), tl.constexpr(CLAMP), tl.constexpr(IGNORE)
@@ -21,7 +21,7 @@ AREA_FLOOR = tl.constexpr(MIN_AREA)
 def _axis(centre, side, limit, CUT: tl.constexpr):
     """Both ends along one axis of boxes around `centre`, cut at the image's edges 0 and `limit`."""
     if CUT == SYMMETRY_:
-        side = tl.maximum(tl.minimum(side, tl.minimum(2.0 * centre, 2.0 * (limit - centre))), 0.0)
+        side = at_least(lower_or_nan(side, lower_or_nan(2.0 * centre, 2.0 * (limit - centre))), 0.0)
     low, high = centre - side * 0.5, centre + side * 0.5
     if CUT == CLAMP_:
         low, high = clip(low, limit), clip(high, limit)
@@ -55,7 +55,7 @@ def point_boxes_kernel(
     poison = (x - x) + (y - y)  # NaN where the point is not finite
     _, height, width = image_size(p_image, p_hw, i_point, batch, mask)
     zero = tl.zeros((BLOCK,), p_points.dtype.element_ty)
-    size = factor(i_bag // R, SCALES, S, zero) * true_div(tl.minimum(height, width), zero + 100.0)
+    size = factor(i_bag // R, SCALES, S, zero) * true_div(lower_or_nan(width, height), zero + 100.0)
     ratio = factor(i_bag % R, RATIOS, R, zero)
     x1, x2 = _axis(x + poison, size * ratio, width, CUT)
     y1, y2 = _axis(y + poison, true_div(size, tl.where(mask, ratio, 1.0)), height, CUT)

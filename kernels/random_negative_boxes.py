@@ -46,8 +46,9 @@ def random_negative_boxes_kernel(
     COLUMNS: tl.constexpr,
 ):
     """One program makes and judges ROWS boxes of one image; without RETURN_MAX it stops when all of them have been hit."""
-    i_image = tl.program_id(1).to(tl.int64)
-    i_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    blocks = tl.cdiv(count, ROWS)  # all along the first axis of the grid: the others end at 65535
+    i_image = (tl.program_id(0) // blocks).to(tl.int64)
+    i_row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     rows = i_row < count
     p_u = p_uniforms + i_image * stride_batch + i_row * stride_row
     x1, x2 = _spread(tl.load(p_hw + i_image * 2 + 1), tl.load(p_u, mask=rows, other=0.0), tl.load(p_u + 2, mask=rows, other=0.0))
@@ -86,7 +87,7 @@ def random_negative_boxes(
     if keep.numel() == 0:
         return boxes, keep, maxima
     with on_device(uniforms):
-        random_negative_boxes_kernel[(cdiv(count, ROWS), batch)](
+        random_negative_boxes_kernel[(cdiv(count, ROWS) * batch,)](
             *(uniforms, image_hw, positives.contiguous(), offsets, boxes, keep, maxima),
             *(count, positives.shape[0], positives.shape[1], *uniforms.stride()[:2]),
             *(threshold, return_max, ROWS, COLUMNS),

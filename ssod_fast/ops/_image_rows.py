@@ -32,6 +32,21 @@ def as_rows(name: str, rows: Tensor, width: int, lead: str) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def as_sizes(image_hw: Tensor) -> Tensor:
+    """Checks sizes [B, 2] (height, width) of images, see :func:`as_rows`. A list would have to be uploaded by every call."""
+    if not isinstance(image_hw, Tensor):
+        raise TypeError(
+            f"image_hw must be a tensor [B, 2] on the device of the rows, such as torch.tensor([[h, w]]), got {type(image_hw).__name__}"
+        )
+    return as_rows("image_hw", image_hw, 2, "B")
+
+
+def brief(values: Sequence[object]) -> str:
+    """A list for a message, which shows the first of many values."""
+    shown = [*values[:8]]
+    return f"{shown}" if len(values) <= len(shown) else f"[{str(shown)[1:-1]}, ... ({len(values)} values)]"
+
+
 def check_image_rows(name: str, rows: Tensor, image_index: Tensor | None, offsets: Tensor | None, image_hw: Tensor) -> ImageRows:
     """Checks who owns `rows` [G, ...]. Values on the host are read, those on a device never: kernels treat wrong ones as no image.
 
@@ -39,7 +54,7 @@ def check_image_rows(name: str, rows: Tensor, image_index: Tensor | None, offset
         ValueError: for wrong shapes and devices, both or none of index and offsets, and on the host for values out of range.
         TypeError: for wrong dtypes.
     """
-    hw, device = as_rows("image_hw", image_hw, 2, "B"), rows.device
+    hw, device = as_sizes(image_hw), rows.device
     if hw.device != device:
         raise ValueError(f"image_hw and {name} must be on one device, got {hw.device} and {device}")
     if hw.dtype is not rows.dtype or not hw.is_contiguous():
@@ -61,7 +76,7 @@ def check_offsets(name: str, offsets: Tensor, batch: int, rows: int, device: tor
     if readable(offsets):
         values = offsets.numpy()
         if values[0] != 0 or values[-1] != rows or (values[1:] < values[:-1]).any():
-            raise ValueError(f"{name} must rise from 0 to the number of rows ({rows}), got {values.tolist()}")
+            raise ValueError(f"{name} must rise from 0 to the number of rows ({rows}), got {brief(values.tolist())}")
     return as_int64(offsets)
 
 
@@ -109,7 +124,7 @@ def check_factors(name: str, values: Sequence[float], *, positive: bool) -> list
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from error
     if not fits:
-        raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {factors}")
+        raise ValueError(f"{name} must be finite{' and > 0' if positive else ''}, got {brief(factors)}")
     if positive and not factors:
         raise ValueError(f"{name} must not be empty")
     if len(factors) > MAX_FACTORS:

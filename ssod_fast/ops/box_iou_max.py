@@ -16,7 +16,12 @@ from .box_iou import EpsMode, Format, Mode
 
 
 class BoxMax(NamedTuple):
-    """Largest overlap of each box and where it is found."""
+    """Largest overlap of each box and where it is found.
+
+    Attributes:
+        values: [..., N] or [..., M], float64 for float64 boxes, else float32; 0 for a box without any partner.
+        indices: int64 of the same shape, the lowest index of the largest overlap; -1 for a box without any partner.
+    """
 
     values: Tensor
     indices: Tensor

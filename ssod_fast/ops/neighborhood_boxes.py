@@ -20,15 +20,25 @@ _IOU = Rule(_boxes.IOU, _boxes.XYXY, _boxes.MAX, MIN_AREA)
 
 
 class NeighborhoodBoxes(NamedTuple):
-    """Bags of P boxes around G boxes; what was not asked for is None."""
+    """Bags of P boxes around G boxes, all float64 for float64 boxes, else float32; what was not asked for is None.
 
-    boxes: Tensor  # [G, P, 4] xyxy, pixels, not clipped
-    valid: Tensor  # bool [G, P]
-    rois: Tensor | None  # [G * P, 5]: image index, box
-    iof: Tensor | None  # [G, P]
-    iou: Tensor | None  # [G, P]
-    targets: Tensor | None  # [G, P, 4]
-    clipped: Tensor | None  # [G, P, 4]
+    Attributes:
+        boxes: [G, P, 4] xyxy, pixels, not clipped.
+        valid: bool [G, P], whether more than `iof_threshold` of the box lies in the image.
+        rois: [G * P, 5], rows for RoIAlign: index of the image, box.
+        iof: [G, P], share of the box that lies in the image; NaN for images of NaN size, whose boxes are not valid.
+        iou: [G, P], overlap with the source box.
+        targets: [G, P, 4], deltas from the box to its source box.
+        clipped: [G, P, 4], the boxes cut off at the edges of their image.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    rois: Tensor | None
+    iof: Tensor | None
+    iou: Tensor | None
+    targets: Tensor | None
+    clipped: Tensor | None
 
 
 def neighborhood_boxes(

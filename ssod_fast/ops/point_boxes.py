@@ -19,10 +19,15 @@ MIN_AREA = 1e-6  # px^2: the floor of areas that divide
 
 
 class PointBoxes(NamedTuple):
-    """Bags of M boxes around G points."""
+    """Bags of M boxes around G points.
 
-    boxes: Tensor  # [G, M, 4] xyxy, pixels
-    valid: Tensor  # bool [G, M]
+    Attributes:
+        boxes: [G, M, 4] xyxy, pixels; float64 for float64 points, else float32.
+        valid: bool [G, M], whether the box has area, and under "ignore" enough of it in the image.
+    """
+
+    boxes: Tensor
+    valid: Tensor
 
 
 def point_boxes(
@@ -42,7 +47,8 @@ def point_boxes(
     about their point ("symmetry"), clipped ("clamp"), or kept and judged by the share that lies inside ("ignore").
 
     A box is valid if it has area, and under "ignore" if more than `iof_threshold` of it lies in the image: with "symmetry", every box of
-    a point inside its image. Boxes of points that belong to no image have no area; those of points that are not finite are NaN.
+    a point inside its image. Boxes of points that belong to no image have no area; those of points that are not finite are NaN, as are
+    those that an image of NaN size decides on.
 
     Source: the coarse proposal generator of P2BNet (arXiv 2207.06827).
 

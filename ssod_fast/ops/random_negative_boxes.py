@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
-from ._image_rows import as_rows, check_offsets, check_threshold
+from ._image_rows import as_rows, as_sizes, check_offsets, check_threshold
 from ._registry import register
 
 MARGIN = 0.2  # boxes may start this share of the image before its edge, and end as far behind it
@@ -19,11 +19,17 @@ _IOU = Rule(_boxes.IOU, _boxes.XYXY, _boxes.MAX, 1e-6)
 
 
 class NegativeBoxes(NamedTuple):
-    """N boxes for each of B images."""
+    """N boxes for each of B images.
 
-    boxes: Tensor  # [B, N, 4] xyxy, pixels
-    keep: Tensor  # bool [B, N]
-    max_iou: Tensor | None  # [B, N], or None if not asked for
+    Attributes:
+        boxes: [B, N, 4] xyxy, pixels; float64 if the uniform numbers or the positives are, else float32.
+        keep: bool [B, N], whether the box overlaps all positives of its image by less than the threshold.
+        max_iou: [B, N], the largest overlap with a positive, 0 if there is none; None if not asked for.
+    """
+
+    boxes: Tensor
+    keep: Tensor
+    max_iou: Tensor | None
 
 
 def random_negative_boxes(
@@ -54,7 +60,7 @@ def random_negative_boxes(
     """
     uniforms, positives = as_rows("uniforms", uniforms, 4, "B, N"), _as_bags(positives)
     _boxes.refuse_grad("random_negative_boxes", uniforms, positives)
-    image_hw = as_rows("image_hw", image_hw, 2, "B")
+    image_hw = as_sizes(image_hw)
     for name, other in (("positives", positives), ("image_hw", image_hw)):
         if other.device != uniforms.device:
             raise ValueError(f"uniforms and {name} must be on one device, got {uniforms.device} and {other.device}")

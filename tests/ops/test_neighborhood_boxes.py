@@ -132,6 +132,35 @@ def test_matches_reference(device: str, dtype: torch.dtype) -> None:
             assert_close(actual, wanted, equal_nan=True)
 
 
+ODD_SIZES = ((torch.nan, 500.0), (400.0, torch.nan), (torch.nan, torch.nan), (torch.inf, 500.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_whose_size_is_not_finite(device: str, dtype: torch.dtype) -> None:
+    """Nothing is inside of an image of NaN size, whichever side it is; one that ends nowhere holds what does not begin before it."""
+    boxes, hw = noisy_boxes(40, (400, 500), dtype=dtype).to(device), torch.tensor(ODD_SIZES, dtype=dtype, device=device)
+    owner = torch.arange(40, device=device) // 10
+    result = neighborhood_boxes(boxes, owner, hw, **COCO, iof=True, clip=True)
+    assert result.iof is not None
+    assert not result.valid[:30].any()
+    assert result.iof[:30].isnan().all()
+    assert result.valid[30:].any()
+    arguments = (boxes, owner, None, hw, [*COCO_RATIOS], [0.2], 0.7, True, True, True, [0.1, 0.1, 0.2, 0.2], True)
+    for actual, expected in zip(torch.ops.ssod_fast.neighborhood_boxes(*arguments), plain(*arguments), strict=True):
+        assert_close(actual, expected, equal_nan=True)
+
+
+def test_sizes_in_a_list() -> None:
+    with pytest.raises(TypeError, match=r"image_hw must be a tensor \[B, 2\].*torch\.tensor\(\[\[h, w\]\]\), got list"):
+        neighborhood_boxes(noisy_boxes(1), torch.tensor([0]), [[800, 1333]], **COCO)  # type: ignore[arg-type]
+
+
+def test_many_bad_values_are_not_all_shown() -> None:
+    with pytest.raises(ValueError, match=r"got \[0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(5000 values\)\]$"):
+        neighborhood_boxes(noisy_boxes(1), None, torch.ones(4999, 2), **COCO, offsets=torch.arange(5000))
+
+
 def plain(*arguments: Any) -> Any:
     """The reference, whatever kernels are loaded."""
     return importlib.import_module("ssod_fast.ops.neighborhood_boxes")._reference(*arguments)

@@ -14,6 +14,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from ssod_fast.ops import point_boxes
+from ssod_fast.ops.point_boxes import CUTS
 
 COARSE: dict[str, Any] = {"scales": POINT_SCALES, "ratios": POINT_RATIOS}
 FIRST = {0: (97.3333, 26, 102.6667, 74), 3: (92, 42, 108, 58), 6: (76, 47.3333, 124, 52.6667), 24: (36, 0, 164, 100), 41: (0, 0, 200, 100)}
@@ -72,6 +73,24 @@ def test_matches_reference(device: str, dtype: torch.dtype, cut: int) -> None:
         reference = importlib.import_module("ssod_fast.ops.point_boxes")._reference(*arguments)
         for actual, expected in zip(torch.ops.ssod_fast.point_boxes(*arguments), reference, strict=True):
             assert_close(actual, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cut", CUTS)
+def test_images_whose_size_is_not_finite(device: str, dtype: torch.dtype, cut: Any) -> None:
+    """No box of an image of NaN size is valid, whichever side it is."""
+    points = torch.tensor([(100.0, 50.0), (3.0, 300.0)], dtype=dtype, device=device).repeat(4, 1)
+    sizes = [(torch.nan, 500.0), (400.0, torch.nan), (torch.nan, torch.nan), (torch.inf, 500.0)]
+    hw, owner = torch.tensor(sizes, dtype=dtype, device=device), torch.arange(8, device=device) // 2
+    boxes, valid = point_boxes(points, owner, hw, **COARSE, cut=cut)
+    assert boxes[:6].isnan().all()
+    assert not valid[:6].any()
+    assert valid[6:].any()
+    arguments = (points, owner, None, hw, [*POINT_SCALES], [*POINT_RATIOS], CUTS[cut], 0.7)
+    reference = importlib.import_module("ssod_fast.ops.point_boxes")._reference(*arguments)
+    assert_close(boxes, reference[0], equal_nan=True)
+    assert torch.equal(valid, reference[1])
 
 
 def test_points_without_room() -> None:

@@ -79,6 +79,20 @@ def test_equals_reference(device: str, dtype: torch.dtype, offsets: tuple[int, .
             torch.testing.assert_close(actual[2], expected[2], atol=0 if device == "cpu" else 1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_whose_size_is_nan(device: str) -> None:
+    """Their boxes are below nothing, unless there is nothing."""
+    uniforms, hw, bags = problem(torch.float32)
+    hw[0, 0], hw[1, 1] = torch.nan, torch.nan
+    tables = [t.to(device) for t in (uniforms, hw, bags, torch.tensor((0, 4, 4, 9)))]
+    boxes, keep, _ = random_negative_boxes(*tables)
+    assert not keep[0].any()
+    assert keep[1].all()
+    expected = importlib.import_module("ssod_fast.ops.random_negative_boxes")._reference(*tables, 0.3, False)
+    torch.testing.assert_close(boxes, expected[0], equal_nan=True, atol=0, rtol=0)
+    assert torch.equal(keep, expected[1])
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 90), st.floats(0.01, 0.9))
 def test_equals_matrix(seed: int, positives: int, threshold: float) -> None:

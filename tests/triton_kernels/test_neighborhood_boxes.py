@@ -62,6 +62,13 @@ def test_empty() -> None:
     assert shapes == [(0, 125, 4), (0, 125), (0, 5), (0, 125), (0,), (0, 125, 4), (0, 125, 4)]
 
 
+def test_images_whose_size_is_nan() -> None:
+    size = torch.tensor([[math.nan, 100], [110, math.nan], [math.inf, 90]], device=DEVICE)
+    index = torch.arange(9, device=DEVICE) % 3
+    arguments = (real_boxes(9), index, None, size, [1.0, 1.3], [0.2], 0.7, True, True, True, STD, True)
+    assert_as_implemented(kernels.neighborhood_boxes(*arguments), reference._reference, reference._op, arguments)
+
+
 @pytest.mark.gpu
 def test_many_boxes() -> None:
     compare(real_boxes(2000), torch.arange(2000, device=DEVICE) % 2, None, RATIOS, SHAKES)

@@ -56,6 +56,13 @@ def test_points_that_are_not_finite(cut: int) -> None:
 
 
 @every_cut
+def test_images_whose_size_is_nan(cut: int) -> None:
+    size = torch.tensor([[math.nan, 100], [110, math.nan], [math.inf, 90]], device=DEVICE)
+    arguments = (points(9), torch.arange(9, device=DEVICE) % 3, None, size, SCALES, RATIOS, cut, 0.7)
+    assert_as_implemented(kernels.point_boxes(*arguments), reference._reference, reference._op, arguments)
+
+
+@every_cut
 def test_empty(cut: int) -> None:
     compare(points(0), None, torch.zeros(3, dtype=torch.int64, device=DEVICE), cut)
 
