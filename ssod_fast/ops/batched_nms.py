@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._image_rows import brief
 from ._registry import register
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -23,19 +24,25 @@ class Kept:
     Attributes:
         index: int64 [B, K], which of the N boxes; -1 in padding.
         count: int64 [B], how many of each image's K are real.
+        total: N, the boxes of each image that there were, padding included.
     """
 
     index: Tensor
     count: Tensor
+    total: int
 
     def gather(self, values: Tensor, fill: float = 0) -> Tensor:
         """What `values` [B, N, ...] holds for the kept boxes: [B, K, ...], `fill` in padding.
 
         Raises:
             ValueError: `values` does not begin with [B, N].
+            TypeError: `values` is no tensor.
         """
-        if values.dim() < 2 or values.shape[0] != self.index.shape[0]:
-            raise ValueError(f"values must have shape [{self.index.shape[0]}, N, ...], got {list(values.shape)}")
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor, got {type(values).__name__}")
+        batch = self.index.shape[0]
+        if values.dim() < 2 or values.shape[0] != batch or values.shape[1] != self.total:
+            raise ValueError(f"values must have shape [{batch}, {self.total}, ...] as the boxes had, got {list(values.shape)}")
         shape = (*self.index.shape, *[1] * (values.dim() - 2))
         index = self.index.view(shape).expand(*self.index.shape, *values.shape[2:])
         if values.shape[1] == 0:
@@ -73,22 +80,28 @@ def batched_nms(
 
     Raises:
         ValueError: for shapes or devices that do not fit, counts on the host outside of 0..N, and options out of range.
-        TypeError: for boxes or scores that are not floating, labels or counts that are not integers.
+        TypeError: for boxes or scores that are not floating, labels or counts that are not integers, and options of a wrong type.
     """
     _check_boxes(boxes, scores)
-    if not _is_number(iou_threshold) or not 0 <= iou_threshold <= 1:
+    for name, value in (("iou_threshold", iou_threshold), ("score_threshold", score_threshold)):
+        if not _is_number(value):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must lie in 0..1, got {iou_threshold!r}")
-    if not _is_number(score_threshold) or score_threshold != score_threshold:
+    if score_threshold != score_threshold:
         raise ValueError(f"score_threshold must be a number, got {score_threshold!r}")
     if max_keep is None:
         max_keep = boxes.shape[1]
-    elif not isinstance(max_keep, int) or isinstance(max_keep, bool) or max_keep < 0:
-        raise ValueError(f"max_keep must be an integer >= 0 or None, got {max_keep!r}")
+    elif not isinstance(max_keep, int) or isinstance(max_keep, bool):
+        raise TypeError(f"max_keep must be an int or None, got {max_keep!r}")
+    elif max_keep < 0:
+        raise ValueError(f"max_keep must be >= 0, got {max_keep}")
     if counts is not None:
         counts = _check_counts(counts, boxes)
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
     rows = _dense(boxes, dtype), _dense(scores, dtype), _check_labels(labels, scores)
-    return Kept(*_op(*rows, counts, iou_threshold, score_threshold, max_keep))
+    index, count = _op(*rows, counts, iou_threshold, score_threshold, max_keep)
+    return Kept(index, count, boxes.shape[1])
 
 
 def _is_number(value: object) -> bool:
@@ -139,7 +152,7 @@ def _check_counts(counts: Tensor, boxes: Tensor) -> Tensor:
     if type(counts) is Tensor and counts.device.type == "cpu" and not torch.compiler.is_compiling():  # reading it costs no sync
         found: list[int] = counts.numpy().tolist()
         if any(not 0 <= n <= boxes.shape[1] for n in found):
-            raise ValueError(f"counts must lie in 0..{boxes.shape[1]}, got {found}")
+            raise ValueError(f"counts must lie in 0..{boxes.shape[1]}, got {brief(found)}")
     return counts.to(torch.int64).contiguous()
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ._image_rows import brief
 from ._registry import register
 
 EMPTY, SINGLE, CONSTANT, NOT_CONVERGED = 1, 2, 4, 8  # bits of GMMThreshold.flag
@@ -20,6 +21,9 @@ _FLOATS = (torch.float32, torch.float64, *_HALF)
 
 class GMMThreshold(NamedTuple):
     """P fitted mixtures and the samples that they keep. Statistics are float64 whatever the samples are.
+
+    Beside the fields there are views of them: `means`, `variances` and `weights` [P, 2], `lower_bound` [P], all float64, and `iterations`,
+    `n_used` and `flag`, int32 [P].
 
     Attributes:
         threshold: [P], dtype of the samples: one of the samples, unchanged; 0 where a group has none.
@@ -91,7 +95,8 @@ def gmm_threshold(
     change nothing and are never kept. Nothing waits for the device, and no gradient flows.
 
     The rule `"density"` is that of cost-based pseudo-label mining (Semi-DETR) and PAA: the sample with the highest density of the mixture
-    among those that belong to the good component. It lies near that component's mode, so about half of the component passes. The rule
+    among those that belong to the good component. It lies near that component's mode, so about half of the component passes; of
+    two samples whose densities are equal but for rounding, the implementation decides which one is the threshold. The rule
     `"posterior"` keeps all of it: the worst sample that belongs to the good component with a probability of at least 1/2 and lies on its
     side of the other component's mean (the better of the two means is the good component's).
 
@@ -110,9 +115,9 @@ def gmm_threshold(
 
     Raises:
         ValueError: for wrong shapes, devices, offsets on the host that do not rise from 0 to N, and options out of range.
-        TypeError: for samples that are not floating, offsets or counts that are not int32 or int64.
+        TypeError: for samples that are not floating, offsets or counts that are not int32 or int64, and options of a wrong type.
     """
-    _check_options(reg_covar, tol, max_iter)
+    _check_options(reg_covar, tol, max_iter, reverse)
     rule_id = _RULES.get(rule) if isinstance(rule, str) else None
     if rule_id is None:
         raise ValueError(f"rule must be 'density' or 'posterior', got {rule!r}")
@@ -120,26 +125,26 @@ def gmm_threshold(
     samples = values.detach() if values.requires_grad else values
     if samples.dtype in _HALF:
         samples = samples.float()
-    result = GMMThreshold(*_op(samples.contiguous(), offsets, counts, groups, reg_covar, tol, max_iter, bool(reverse), rule_id))
+    result = GMMThreshold(*_op(samples.contiguous(), offsets, counts, groups, reg_covar, tol, max_iter, reverse, rule_id))
     if samples.dtype is not values.dtype:
         return result._replace(threshold=result.threshold.to(values.dtype))  # exact: it is one of the samples
     return result
 
 
-def _check_options(reg_covar: float, tol: float, max_iter: int) -> None:
-    if not _lies_in(reg_covar, math.ulp(0.0)):
+def _check_options(reg_covar: float, tol: float, max_iter: int, reverse: bool) -> None:
+    for name, value in (("reg_covar", reg_covar), ("tol", tol)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(max_iter, int) or isinstance(max_iter, bool):
+        raise TypeError(f"max_iter must be an int, got {max_iter!r}")
+    if not isinstance(reverse, bool):
+        raise TypeError(f"reverse must be a bool, got {reverse!r}")
+    if not 0 < reg_covar < math.inf:
         raise ValueError(f"reg_covar must be a finite number > 0, got {reg_covar!r}")
-    if not _lies_in(tol, 0):
+    if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
-    if not isinstance(max_iter, int) or not 1 <= max_iter < 2**31:
-        raise ValueError(f"max_iter must be an integer >= 1, got {max_iter!r}")
-
-
-def _lies_in(value: object, least: float) -> bool:
-    try:
-        return least <= value < math.inf  # type: ignore[operator]
-    except TypeError:  # a string, for example
-        return False
+    if not 1 <= max_iter < 2**31:
+        raise ValueError(f"max_iter must lie in 1..{2**31 - 1}, got {max_iter}")
 
 
 def _check_samples(values: Tensor, offsets: Tensor | None, counts: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -188,9 +193,9 @@ def _check_host_index(name: str, index: Tensor, samples: int) -> None:
     found: list[int] = index.numpy().tolist()
     if name == "counts":
         if any(not 0 <= n <= samples for n in found):
-            raise ValueError(f"counts must lie in 0..{samples}, got {found}")
+            raise ValueError(f"counts must lie in 0..{samples}, got {brief(found)}")
     elif not found or found[0] != 0 or found[-1] != samples or any(a > b for a, b in pairwise(found)):
-        raise ValueError(f"offsets must rise from 0 to the number of samples ({samples}), got {found}")
+        raise ValueError(f"offsets must rise from 0 to the number of samples ({samples}), got {brief(found)}")
 
 
 class _Groups(NamedTuple):

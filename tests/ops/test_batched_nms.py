@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,11 @@ def test_gather(device: str) -> None:
             assert torch.equal(got[i, : len(row)], source[i, row])
             assert (got[i, len(row) :] == fill).all()
     assert kept.gather(torch.zeros(2, 30, 0, device=device)).shape == (2, 30, 0)
-    with pytest.raises(ValueError, match=r"values must have shape \[2, N, ...\], got \[3, 30\]"):
-        kept.gather(torch.zeros(3, 30, device=device))
+    for shape in ((3, 30), (2, 29), (2, 31, 4), (60,)):
+        with pytest.raises(ValueError, match=rf"values must have shape \[2, 30, ...\] as the boxes had, got {re.escape(str([*shape]))}"):
+            kept.gather(torch.zeros(shape, device=device))
+    with pytest.raises(TypeError, match="values must be a tensor, got list"):
+        kept.gather([0.0])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -224,10 +228,12 @@ def test_every_output_is_written(fill_uninitialised: None) -> None:
         ({"counts": torch.tensor([3, 4])}, ValueError, r"counts must lie in 0\.\.3, got \[3, 4\]"),
         ({"iou_threshold": 1.5}, ValueError, r"iou_threshold must lie in 0\.\.1, got 1\.5"),
         ({"iou_threshold": math.nan}, ValueError, r"iou_threshold must lie in 0\.\.1, got nan"),
-        ({"iou_threshold": "0.5"}, ValueError, r"iou_threshold must lie in 0\.\.1, got '0\.5'"),
+        ({"iou_threshold": "0.5"}, TypeError, r"iou_threshold must be a number, got '0\.5'"),
+        ({"score_threshold": None}, TypeError, "score_threshold must be a number, got None"),
         ({"score_threshold": math.nan}, ValueError, "score_threshold must be a number, got nan"),
-        ({"max_keep": -1}, ValueError, "max_keep must be an integer >= 0 or None, got -1"),
-        ({"max_keep": 2.0}, ValueError, "max_keep must be an integer >= 0 or None, got 2.0"),
+        ({"max_keep": -1}, ValueError, "max_keep must be >= 0, got -1"),
+        ({"max_keep": 2.0}, TypeError, r"max_keep must be an int or None, got 2\.0"),
+        ({"max_keep": True}, TypeError, "max_keep must be an int or None, got True"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
