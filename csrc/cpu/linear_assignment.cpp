@@ -47,6 +47,7 @@ void solve_all(const Batch<T>& batch) {
     for (int64_t problem = begin; problem < end; ++problem) {
       batch.solve(problem, workspace);
     }
+    workspace.shrink();
   });
 }
 

@@ -43,10 +43,20 @@ class AssignmentWorkspace {
     used_ = 0;
   }
 
+  // Gives back what one large problem took: threads live as long as the process.
+  void shrink() {
+    if (size_ > kKeptBytes) {
+      blocks_.clear();
+      size_ = used_ = 0;
+    }
+  }
+
  private:
   struct Free {
     void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{64}); }
   };
+  static constexpr size_t kKeptBytes = size_t{64} << 20;
+
   std::vector<std::unique_ptr<std::byte, Free>> blocks_;
   size_t size_ = 0, used_ = 0;
 };

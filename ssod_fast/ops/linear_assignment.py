@@ -12,17 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ._image_rows import check_integers, check_offsets, readable
+from ._image_rows import brief, check_integers, check_offsets, readable
 from ._matches import INVALID_ENTRIES, INVALID_PAIR, UNMATCHED_TARGET, Matches
 from ._registry import register
 from ._shortest_paths import Indices, Reals, shortest_path_assignment
 
 _WIDE = frozenset((torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 _NARROW = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_AWKWARD = frozenset((torch.bool, torch.uint16, torch.uint32, torch.uint64))
 _LAYOUTS = ("target_major", "query_major")
 _ORDERS = ("tile", "interleave")
 _INVALID = ("keep", "drop", "raise")
 _TIES = ("scipy", "any")
+_MOST_REPEATS = 4096  # each takes memory for all targets, matched or not; one-to-many matching wants five or six
 
 
 def linear_assignment(
@@ -56,21 +58,22 @@ def linear_assignment(
         counts: int32 or int64 [B], number of real targets of each image; None if all of them are real.
         layout: "query_major" for a `cost` whose last two dimensions are exchanged; it is copied.
         groups: the queries are split into this many equal ranges, each matched with all targets (Group DETR).
-        repeats: every target takes this many queries of each group (H-DETR's one-to-many branch).
+        repeats: every target takes this many queries of each group (H-DETR's one-to-many branch), at most 4096.
         repeat_order: order of the rows when targets repeat, which decides among equal costs: "tile" repeats the list of targets,
             "interleave" every target in place.
         invalid: what becomes of pairs on invalid entries: "keep" returns them with cost +inf, "drop" leaves their targets unmatched,
             "raise" raises, for which it waits for the device.
         ties: "any" permits another optimum among several of equal cost, which is found faster where targets are many.
         row_min: int64 of the shape of `cost` without queries, the row minima that :func:`matching_cost` returns with `row_min=True`. Saves
-            a pass over float32 costs without groups.
+            a pass over float32 costs without groups. They must be those of this very cost, unchanged since: nothing compares them with it,
+            and with those of another one the result is some matching, not the best one.
 
     Returns:
         Queries and costs of all targets, with the status of each problem.
 
     Raises:
         ValueError: for wrong shapes and devices, unknown options, queries that `groups` does not divide, and invalid pairs under "raise".
-        TypeError: for wrong dtypes.
+        TypeError: for wrong dtypes, `groups` and `repeats` that are no int.
     """
     _check_options(layout, repeat_order, invalid, ties)
     _check_cost(cost, offsets)
@@ -97,7 +100,7 @@ def linear_sum_assignment(matrix: Tensor | npt.ArrayLike, maximize: bool = False
     The result is on the host, so this waits for the device of the matrix; :func:`linear_assignment` does not.
 
     Args:
-        matrix: [R, C] or [B, R, C], real numbers. +inf forbids a pair.
+        matrix: [R, C] or [B, R, C], a tensor or what NumPy makes an array of; real numbers or bools. +inf forbids a pair.
         maximize: whether the sum shall be as large as possible; -inf then forbids a pair.
 
     Returns:
@@ -105,9 +108,9 @@ def linear_sum_assignment(matrix: Tensor | npt.ArrayLike, maximize: bool = False
 
     Raises:
         ValueError: for another number of dimensions, NaN, infinities of the wrong sign, and where no matching avoids what is forbidden.
-        TypeError: for dtypes that are no real numbers.
+        TypeError: for what holds no real numbers.
     """
-    cost = (matrix if isinstance(matrix, Tensor) else torch.as_tensor(np.asarray(matrix))).detach()
+    cost = _as_matrix(matrix)
     if cost.dim() not in (2, 3):
         raise ValueError(f"matrix must have shape [R, C] or [B, R, C], got {list(cost.shape)}")
     _check_real("matrix", cost)
@@ -126,6 +129,18 @@ def linear_sum_assignment(matrix: Tensor | npt.ArrayLike, maximize: bool = False
         return ascending.reshape(shape), found.reshape(shape)
     row, column = found.sort(-1)
     return row.reshape(shape), column.reshape(shape)
+
+
+def _as_matrix(matrix: Tensor | npt.ArrayLike) -> Tensor:
+    """A tensor of whatever scipy would take; what torch computes little with becomes float64."""
+    if isinstance(matrix, Tensor):
+        return (matrix.double() if matrix.dtype in _AWKWARD else matrix).detach()
+    array = np.asarray(matrix)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"matrix must hold real numbers, got {type(matrix).__name__} of dtype {array.dtype}")
+    dtype = np.float32 if array.dtype.kind == "f" and array.dtype.itemsize <= 4 else np.float64
+    array = np.require(array, dtype, "W")  # torch warns of arrays that are not writable
+    return torch.from_numpy(array.copy() if any(stride < 0 for stride in array.strides) else array)
 
 
 class _Rows(NamedTuple):
@@ -173,7 +188,7 @@ def _check_counts(counts: Tensor, batch: int, width: int, device: torch.device) 
     if readable(counts) and batch:
         values: list[int] = counts.numpy().tolist()
         if not (min(values) >= 0 and max(values) <= width):
-            raise ValueError(f"counts must lie in 0..{width}, the number of target rows of an image, got {values}")
+            raise ValueError(f"counts must lie in 0..{width}, the number of target rows of an image, got {brief(values)}")
     return counts.to(torch.int64).contiguous()
 
 
@@ -206,13 +221,20 @@ def _check_cost(cost: Tensor, offsets: Tensor | None) -> None:
 
 
 def _check_groups(groups: int, repeats: int, queries: int) -> None:
-    for name, value in (("groups", groups), ("repeats", repeats)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-    if groups < 1 or queries % groups:
+    check_copies(groups, repeats)
+    if queries % groups:
         raise ValueError(f"groups must be >= 1 and divide the number of queries ({queries}), got {groups}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, got {repeats}")
+
+
+def check_copies(groups: int, repeats: int) -> None:
+    """Refuses numbers of groups and repeats that fit no number of queries."""
+    for name, value in (("groups", groups), ("repeats", repeats)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if repeats > _MOST_REPEATS:
+        raise ValueError(f"repeats must be at most {_MOST_REPEATS}, got {repeats}")
 
 
 def _check_keys(row_min: Tensor, cost: Tensor, flat: Tensor) -> Tensor:

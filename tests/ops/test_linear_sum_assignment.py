@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from assignment_cases import KINDS, cost_matrix
 from scipy.optimize import linear_sum_assignment as scipy_assignment
 
-from ssod_fast.ops import linear_sum_assignment
+from ssod_fast.ops import linear_assignment, linear_sum_assignment
 
 N, INF = math.nan, math.inf
 
@@ -73,3 +75,52 @@ def test_refuses_what_scipy_refuses() -> None:
         linear_sum_assignment(torch.zeros(3))
     with pytest.raises(TypeError, match=r"matrix must have a real number dtype, got torch\.complex64"):
         linear_sum_assignment(torch.zeros(2, 2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int16", "float16", "float32", ">f8", ">i4"])
+def test_dtypes_of_numpy(dtype: str) -> None:
+    for shape in ((4, 6), (6, 4), (5, 5)):
+        matrix = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 9, shape).astype(dtype)
+        assert outcome(linear_sum_assignment, matrix) == outcome(scipy_assignment, matrix)
+        if dtype in ("bool", "uint16", "uint32", "uint64"):
+            assert outcome(linear_sum_assignment, torch.from_numpy(matrix)) == outcome(scipy_assignment, matrix)
+    big = np.array([[2**63 + 2**12, 2**63], [2**63, 2**63]], dtype=np.uint64)
+    assert outcome(linear_sum_assignment, big) == outcome(scipy_assignment, big)
+
+
+@pytest.mark.filterwarnings("error")
+def test_views_of_numpy() -> None:
+    matrix = np.random.default_rng(1).random((5, 7))
+    frozen = matrix.copy()
+    frozen.flags.writeable = False
+    for view in (matrix[::-1], matrix[:, ::-1], matrix[::-2, ::-1], matrix.T, matrix[1:, ::2], frozen):
+        assert outcome(linear_sum_assignment, view) == outcome(scipy_assignment, view)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (None, "matrix must hold real numbers, got NoneType of dtype object"),
+        ("abc", "matrix must hold real numbers, got str of dtype <U3"),
+        ([["a", "b"]], "matrix must hold real numbers, got list of dtype <U1"),
+        (np.array([[object()]]), "matrix must hold real numbers, got ndarray of dtype object"),
+        (np.array([[1j]]), "matrix must hold real numbers, got ndarray of dtype complex128"),
+    ],
+)
+def test_what_is_no_matrix_of_numbers(matrix: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        linear_sum_assignment(matrix)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_of_a_large_problem_is_given_back() -> None:
+    """100 MB for the transposed matrix: threads would hold it for as long as they live."""
+    matrix = 1 - torch.eye(5000)
+    before = resident()
+    assert torch.equal(linear_assignment(matrix).query.flatten(), torch.arange(5000))
+    assert resident() - before < 50e6
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
