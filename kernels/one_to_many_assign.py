@@ -53,8 +53,10 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @triton.jit
 def class_sums_kernel(p, classes, o: tl.constexpr, QUERIES: tl.constexpr, CLASSES: tl.constexpr):
     """Sums over all classes what a class adds to a cost that is not the target's: one program, QUERIES queries of one image."""
-    i_layer, i_image = (tl.program_id(1) // p.batch).to(tl.int64), (tl.program_id(1) % p.batch).to(tl.int64)
-    i_query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    blocks = tl.cdiv(p.queries, QUERIES)  # all along the first axis of the grid: the others end at 65535
+    i_block, i_plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i_layer, i_image = (i_plane // p.batch).to(tl.int64), (i_plane % p.batch).to(tl.int64)
+    i_query = i_block * QUERIES + tl.arange(0, QUERIES)
     p_query = p.scores + i_layer * p.score_layer + i_image * p.score_image + i_query[:, None].to(tl.int64) * p.score_query
     total = tl.zeros((QUERIES,), tl.float32)
     start = 0
@@ -70,8 +72,9 @@ def class_sums_kernel(p, classes, o: tl.constexpr, QUERIES: tl.constexpr, CLASSE
 @triton.jit
 def reached_kernel(p, p_begin, o: tl.constexpr, BLOCK: tl.constexpr):
     """Which priors take part in an image because of any of its targets."""
-    i_image = tl.program_id(1).to(tl.int64)
-    i_query = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    blocks = tl.cdiv(p.queries, BLOCK)
+    i_image = (tl.program_id(0) // blocks).to(tl.int64)
+    i_query = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     mask = i_query < p.queries
     found = i_query < 0
     row, end = tl.load(p_begin + i_image), tl.load(p_begin + i_image + 1)
@@ -408,9 +411,10 @@ def one_to_many_assign(
     rule = Rule(o.rule, o.from_logits, o.fmt, o.alpha, o.beta, o.eps, o.min_side, 0 if priors is None else priors.shape[1])
     with on_device(boxes):
         if o.by_cost and scores is not None:
-            grid = (cdiv(shape[2], SUM_QUERIES), shape[0] * shape[1])
-            class_sums_kernel[grid](p, scores.shape[-1], rule, SUM_QUERIES, SUM_CLASSES, **NO_FMA)
-            reached_kernel[(cdiv(shape[2], BLOCK), shape[1])](p, first_row, rule, BLOCK, **NO_FMA)
+            class_sums_kernel[(cdiv(shape[2], SUM_QUERIES) * shape[0] * shape[1],)](
+                p, scores.shape[-1], rule, SUM_QUERIES, SUM_CLASSES, **NO_FMA
+            )
+            reached_kernel[(cdiv(shape[2], BLOCK) * shape[1],)](p, first_row, rule, BLOCK, **NO_FMA)
         winner = torch.full(shape, NO_KEY.value, dtype=torch.int64, device=boxes.device)
         _settle(p, rule, o, _choose(p, rule, o, shape[0], rows), winner, first_row)
         finish_kernel[(rows, shape[0])](p, winner, target, metric, iou, weight, count, rule, BLOCK, **NO_FMA)

@@ -13,7 +13,17 @@ namespace {
 
 constexpr int kThreads = 256;
 // What is left of the shared memory that a block may have without asking for more.
-constexpr int64_t kSharedBytes = (48 << 10) - sizeof(BlockExchange<kThreads>);
+constexpr int64_t kUnasked = (48 << 10) - sizeof(BlockExchange<kThreads>);
+
+// The same if it asks.
+int64_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return std::max<int64_t>(kUnasked, bytes - 1024);  // what the runtime and the exchange of the team take
+}
+
+static_assert(sizeof(BlockExchange<kThreads>) <= 1024);
 
 using Team = BlockTeam<kThreads>;
 
@@ -163,6 +173,13 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const AssignInput in, c
   }
 }
 
+// Lets blocks of a kernel have so much shared memory.
+void ask_for(const void* kernel, size_t bytes) {
+  if (static_cast<int64_t>(bytes) > kUnasked) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  }
+}
+
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
 // Runs the steps of csrc/one_to_many_team.h, a launch each.
@@ -177,10 +194,12 @@ void launch(const AssignInput& in, const AssignState& state, const Scratch& scra
     background_kernel<rule><<<blocks_for(32 * queries), kThreads, 0, stream>>>(in, background);
   }
   if (targets > 0) {
+    ask_for(reinterpret_cast<const void*>(claim_kernel<rule>), bytes);
     claim_kernel<rule><<<targets, kThreads, bytes, stream>>>(in, state, scratch);
   }
   settle_kernel<rule><<<blocks_for(queries), kThreads, 0, stream>>>(in, state);
   if (targets > 0 && in.options.final_topk > 0) {
+    ask_for(reinterpret_cast<const void*>(trim_kernel<rule>), bytes);
     trim_kernel<rule><<<targets, kThreads, bytes, stream>>>(in, state, scratch);
   }
   if (targets > 0 && in.options.keep_one) {
@@ -201,7 +220,7 @@ struct SharedMemory {
 SharedMemory layout(const AssignInput& in, const Scratch& scratch) {
   const int64_t queries = in.layers * in.rows.batch * in.queries, targets = in.layers * in.rows.rows;
   return {queries * (in.options.any_target ? 12 : 8), targets * 8, is_cost(in.options.rule) ? queries * 4 : 0,
-          scratch.floats() * 4 > kSharedBytes ? targets * scratch.floats() * 4 : 0};
+          scratch.floats() * 4 > shared_memory_limit() ? targets * scratch.floats() * 4 : 0};
 }
 
 void run(const AssignInput& in, AssignState state, const Tensor& like, cudaStream_t stream) {

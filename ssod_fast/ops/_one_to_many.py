@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import _boxes, _overlaps
+from ._image_rows import brief
 
 AssignRule = Literal["tal", "tal_any", "simota", "soft_label", "atss"]
 Conflict = Literal["iou", "metric", "any_iou", "any_metric"]
@@ -94,25 +95,41 @@ def _number(name: str, value: Any, default: float | None, rule: str, *, positive
         return 0.0
     if value is None:
         return default
-    if not isinstance(value, (int, float)) or not (0 <= value < math.inf) or (positive and value == 0):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (0 <= value < math.inf) or (positive and value == 0):
         raise ValueError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value!r}")
     return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
 
 
 def _levels(levels: Sequence[int] | None, rule: str, queries: int) -> list[int]:
     if rule != "atss":
         if levels is not None:
-            raise ValueError(f"levels has no meaning for rule {rule!r}, got {levels!r}")
+            raise ValueError(f"levels has no meaning for rule {rule!r}, got {_shown(levels)}")
         return []
     if levels is None:
         return []  # one level
+    if not isinstance(levels, Sequence) or isinstance(levels, str) or not all(isinstance(n, int) for n in levels):
+        raise TypeError(f"levels must be a sequence of ints, got {_shown(levels)}")
     sizes = [*levels]
-    if len(sizes) > MAX_LEVELS or not all(isinstance(n, int) and n >= 0 for n in sizes) or sum(sizes) != queries:
-        raise ValueError(f"levels must be at most {MAX_LEVELS} sizes that add up to the {queries} queries, got {levels!r}")
+    if len(sizes) > MAX_LEVELS or not all(n >= 0 for n in sizes) or sum(sizes) != queries:
+        raise ValueError(f"levels must be at most {MAX_LEVELS} sizes that add up to the {queries} queries, got {_shown(levels)}")
     return sizes
 
 
+def _shown(levels: Any) -> str:
+    return brief(levels) if isinstance(levels, list | tuple) else repr(levels)
+
+
 def _logits(from_logits: bool | None, rule: str) -> bool:
+    if from_logits is not None:
+        _flag("from_logits", from_logits)
     if rule == "soft_label":
         if from_logits is False:
             raise ValueError("from_logits must be True or None for rule 'soft_label', which is defined on logits, got False")
@@ -141,6 +158,7 @@ def make_options(
     """Checks the options and fills in the defaults of the rule."""
     _boxes._choice("rule", rule, RULES)
     defaults = _DEFAULTS[rule]
+    dynamic_k = defaults.dynamic_k if dynamic_k is None else _flag("dynamic_k", dynamic_k)
     if rule == "atss" and dynamic_k:
         raise ValueError("dynamic_k has no meaning for rule 'atss', got True")
     return Options(
@@ -155,9 +173,9 @@ def make_options(
         beta=_number("beta", beta, defaults.beta, rule, positive=True),
         eps=_number("eps", eps, defaults.eps, rule, positive=False),
         min_side=_number("min_side", min_side, defaults.min_side, rule, positive=False),
-        dynamic_k=defaults.dynamic_k if dynamic_k is None else bool(dynamic_k),
+        dynamic_k=dynamic_k,
         conflict=_boxes._choice("conflict", defaults.conflict if conflict is None else conflict, CONFLICTS),
-        keep_one=bool(keep_one),
+        keep_one=_flag("keep_one", keep_one),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _boxes, _overlaps
-from ._image_rows import as_int64, as_rows
+from ._image_rows import as_int64, as_sizes
 from ._one_to_many import (
     ANY_TARGET,
     ATSS,
@@ -35,13 +35,25 @@ from .packed_targets import AnyTargets, PackedTargets, pack_targets
 
 
 class OneToMany(NamedTuple):
-    """Which target each query takes, for all layers and images; without the dimension L where the input had none."""
+    """Which target each query takes, for all layers and images; without the dimension L where the input had none.
 
-    target: Tensor  # int64 [L, B, Q], row of the packed targets, -1 for background
-    metric: Tensor  # float32 [L, B, Q], value of the pair under the rule (a cost for "simota" and "soft_label"), 0 for background
-    iou: Tensor  # float32 [L, B, Q], overlap of the pair, 0 for background
-    weight: Tensor  # float32 [L, B, Q], 0 for background
-    count: Tensor  # type: ignore[assignment] # int32 [L, G], queries per target; nobody counts the items of this tuple
+    Rows of targets count through all images: target j of image b is row `offsets[b] + j` of ragged targets (a list), and row `b * N + j` of
+    :class:`~ssod_fast.structures.PaddedTargets` with room for N, padding included. So the labels that the queries shall learn are
+    `pack_targets(targets).labels[assigned.target]` where `assigned.target >= 0`.
+
+    Attributes:
+        target: int64 [L, B, Q], row of the packed targets, -1 for background.
+        metric: float32 [L, B, Q], value of the pair under the rule (a cost for "simota" and "soft_label"), 0 for background.
+        iou: float32 [L, B, Q], overlap of the pair, 0 for background.
+        weight: float32 [L, B, Q], the rule's weight of the pair, 0 for background.
+        count: int32 [L, G], queries of each target row.
+    """
+
+    target: Tensor
+    metric: Tensor
+    iou: Tensor
+    weight: Tensor
+    count: Tensor  # type: ignore[assignment]  # nobody counts the items of this tuple
 
 
 def one_to_many_assign(
@@ -70,7 +82,8 @@ def one_to_many_assign(
     With u the overlap of a query's box and a target, and s the query's probability of the target's label:
 
     - "tal" (Semi-DETR; with `priors` the TaskAligned assignment of TOOD): the `topk` queries with the largest m = s^alpha · u^beta, if
-      m > 0 and, with priors, the prior lies in the target by more than .01. u is the IoU. Weight: m / (largest m + eps) · largest u, both
+      m > 0 and, with priors, the prior lies in the target by more than .01. The `topk` are taken first, whether or not their priors lie in
+      the target, so that fewer may remain; "tal_any" asks the priors first. u is the IoU. Weight: m / (largest m + eps) · largest u, both
       over the queries that the target ends up with.
     - "tal_any" (YOLOv8 and later): the same with u = CIoU raised to 0, of queries whose prior lies in the target, sides of which below
       `min_side` are enlarged to it first.
@@ -82,7 +95,9 @@ def one_to_many_assign(
     - "atss": the `topk` nearest centres per level; of these, where u reaches mean + standard deviation and the centre lies in the target by
       more than .01. Weight: u. One candidate alone has no deviation and is not taken.
 
-    Equal values choose the lowest query, equal claims the lowest target. NaN boxes, scores and targets take part in no pair; probabilities
+    Equal values choose the lowest query, equal claims the lowest target. Values that are equal but for rounding are a matter of the
+    implementation: the costs of "simota" and "soft_label" are sums over classes, which a CPU and a GPU add up in different orders, so that
+    these ties are decided alike only where the sums are exact in float32. NaN boxes, scores and targets take part in no pair; probabilities
     are clamped to [0, 1]. Everything is computed in float32.
 
     Sources: Semi-DETR (arXiv 2307.08095), TOOD (2108.07755), YOLOX (2107.08430), RTMDet (2212.07784), ATSS (1912.02424).
@@ -91,7 +106,7 @@ def one_to_many_assign(
         scores: [L, B, Q, C] or [B, Q, C], any float dtype; probabilities, or logits with `from_logits`. May be None for "atss".
         boxes: [L, B, Q, 4] or [B, Q, 4]; predictions, or the anchors for "atss".
         targets: anything that :func:`~ssod_fast.ops.pack_targets` takes; boxes xyxy in pixels, labels in 0..C - 1. Rows with other labels
-            on a device get no query.
+            on a device get no query. Their `weights` play no part: an assignment has none, so apply them to the loss.
         rule: see above.
         topk: candidates per target, more than Q means Q; by default 13 ("tal", "soft_label"), 10 ("tal_any", "simota") or 9 per level
             ("atss").
@@ -117,7 +132,7 @@ def one_to_many_assign(
 
     Raises:
         ValueError: for wrong shapes, devices, option names and values, missing priors, and labels on the host that are out of range.
-        TypeError: for wrong dtypes.
+        TypeError: for wrong dtypes and options of a wrong type.
     """
     packed = pack_targets(targets, boxes.device if isinstance(boxes, Tensor) else None)
     layered = _check_queries(scores, boxes, packed, rule)
@@ -203,7 +218,7 @@ def _check_priors(priors: Tensor | None, rule: str, queries: int, device: torch.
 def _check_sizes(image_hw: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
     if image_hw is None:
         return None
-    sizes = as_rows("image_hw", image_hw, 2, "B").float().contiguous()
+    sizes = as_sizes(image_hw).float().contiguous()
     if sizes.shape[0] != batch:
         raise ValueError(f"image_hw must have shape [{batch}, 2], got {list(image_hw.shape)}")
     if sizes.device != device:

@@ -344,6 +344,46 @@ def test_threads_agree() -> None:
     assert_same(*results)
 
 
+def test_rows_of_targets_count_through_the_images() -> None:
+    """Target j of image b is row offsets[b] + j of a list and row b * N + j of padded targets: the labels are those of the rows."""
+    (scores, boxes, targets), options = arguments(random_case((3, 1, 2), 40), RULE_CASES["tal"])
+    padded = PaddedTargets.from_list(targets, nmax=4)
+    for rows, first in ((targets, [0, 3, 4]), (padded, [0, 4, 8])):
+        found = one_to_many_assign(scores, boxes, rows, **options).target  # [L, B, Q]
+        labels = pack_targets(rows).labels[found]
+        for b, target in enumerate(targets):
+            taken = found[:, b] >= 0
+            assert taken.any()
+            assert torch.equal(labels[:, b][taken], target["labels"][(found[:, b] - first[b])[taken]])
+
+
+def test_malformed_packed_targets() -> None:
+    """Targets that somebody has edited: nothing is read beyond what they hold."""
+    padded, ragged = pack_targets(PaddedTargets.from_list(TARGETS, nmax=3)), pack_targets(TARGETS)
+    for sound, change, message in (
+        (ragged, {"boxes": torch.rand(1, 4)}, r"targets must have labels \[G\] and boxes \[G, 4\], got \[2\] and \[1, 4\]"),
+        (padded, {"counts": torch.tensor([-1])}, r"counts .*must lie in 0 ?\.\. ?3.*, got \[-1\]"),
+        (padded, {"counts": torch.tensor([4])}, r"counts .*must lie in 0 ?\.\. ?3.*, got \[4\]"),
+        (ragged, {"labels": ragged.labels + 2}, r"labels of targets must lie in 0 \.\. 1, got 2 \.\. 3"),
+        (ragged, {"labels": ragged.labels - 1}, r"labels of targets must lie in 0 \.\. 1, got -1 \.\. 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one_to_many_assign(PROBABILITIES, BOXES, replace(sound, **change))
+
+
+def test_weights_play_no_part() -> None:
+    weighted = [{**target, "weights": torch.zeros(2)} for target in TARGETS]
+    assert_same(one_to_many_assign(PROBABILITIES, BOXES, weighted), one_to_many_assign(PROBABILITIES, BOXES, TARGETS))
+
+
+def test_tal_takes_its_candidates_before_it_asks_the_priors() -> None:
+    """The best query's prior is outside: nothing is left of one candidate; "tal_any" takes the next one."""
+    scores, boxes = torch.tensor([[[0.9], [0.8]]]), torch.tensor([[[10.0, 10, 50, 50], [12, 12, 50, 50]]])
+    target, priors = [{"labels": torch.tensor([0]), "boxes": torch.tensor([[10.0, 10, 50, 50]])}], torch.tensor([[90.0, 90], [30, 30]])
+    assert one_to_many_assign(scores, boxes, target, priors=priors, topk=1).target.tolist() == [[-1, -1]]
+    assert one_to_many_assign(scores, boxes, target, rule="tal_any", priors=priors, topk=1).target.tolist() == [[-1, 0]]
+
+
 BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "rule must be one of 'tal', 'tal_any', 'simota', 'soft_label', 'atss', got 'hungarian'", {"rule": "hungarian"}),
     (ValueError, "topk must be at least 1, got 0", {"topk": 0}),
@@ -359,6 +399,15 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "conflict must be one of 'iou', 'metric', 'any_iou', 'any_metric', got 'score'", {"conflict": "score"}),
     (ValueError, "box_format must be one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'", {"box_format": "yxyx"}),
     (ValueError, "from_logits must be True or None for rule 'soft_label'", {"rule": "soft_label", "priors": CENTRAL, "from_logits": False}),
+    (ValueError, r"levels must be .*, got \[1, 1, 1, 1, 1, 1, 1, 1, \.\.\. \(5000 values\)\]$", {"rule": "atss", "levels": [1] * 5000}),
+    (TypeError, "levels must be a sequence of ints, got 5", {"rule": "atss", "levels": 5}),
+    (TypeError, r"levels must be a sequence of ints, got \[2\.0, 3\.0\]", {"rule": "atss", "levels": [2.0, 3.0]}),
+    (TypeError, "alpha must be a number, got '1'", {"alpha": "1"}),
+    (TypeError, "eps must be a number, got True", {"eps": True}),
+    (TypeError, "from_logits must be a bool, got 1", {"from_logits": 1}),
+    (TypeError, "dynamic_k must be a bool, got 'yes'", {"dynamic_k": "yes"}),
+    (TypeError, "keep_one must be a bool, got None", {"keep_one": None}),
+    (TypeError, r"image_hw must be a tensor .*torch\.tensor\(\[\[h, w\]\]\), got list", {"image_hw": [[400, 500]]}),
     (ValueError, "dynamic_k has no meaning for rule 'atss', got True", {"rule": "atss", "dynamic_k": True}),
     (ValueError, r"priors must be given for rule 'tal_any', \[Q, 2\], got None", {"rule": "tal_any"}),
     (ValueError, r"priors must have shape \[5, 4\] for rule 'simota', got \[5, 2\]", {"rule": "simota", "priors": CENTRAL[:, :2]}),
@@ -434,7 +483,8 @@ def test_does_not_synchronise(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RULE_CASES)
 def test_cuda_equals_cpu(name: str) -> None:
-    for sizes, queries in (((40, 0, 7), 900), ((3,), 14000)):
+    """Merits of a target in the shared memory that a block has, in what it may ask for, and in global memory."""
+    for sizes, queries in (((40, 0, 7), 900), ((3,), 14000), ((2,), 70000)):
         args, options = arguments(random_case(sizes, queries, side=800.0), RULE_CASES[name])
         expected = one_to_many_assign(*args, **options)
         result = one_to_many_assign(*on("cuda", args), **on("cuda", options))
