@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,6 +54,11 @@ def collect() -> dict[str, Any]:
     }
 
 
+_FOOTER = """
+C++, CUDA, Triton: kernels. composed: nothing but calls of other ops of this table, whose kernels do the work.
+reference: plain PyTorch, right on any device but slower."""
+
+
 def format_table(info: dict[str, Any]) -> str:
     """The same as text."""
     lines = ["  ".join(f"{k} {v}" for k, v in info["versions"].items() if v)]
@@ -64,11 +69,15 @@ def format_table(info: dict[str, Any]) -> str:
     width = max([len(o["name"]) for o in info["ops"]], default=2) + 2
     lines.append(f"\n{'op':<{width}}{'CPU':<12}{'GPU':<12}")
     lines += [f"{o['name']:<{width}}{o['cpu']:<12}{o['cuda']:<12}" for o in info["ops"]]
+    lines.append(_FOOTER)
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table, or JSON with --json."""
+    """Prints the table, or JSON with --json. Exits with 2 for other options, as argparse does."""
+    parser = argparse.ArgumentParser("python -m ssod_fast.ops", description="What each op runs on here: paste it into bug reports.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    as_json = parser.parse_args(argv).json
     info = collect()
-    print(json.dumps(info, indent=2) if "--json" in (sys.argv[1:] if argv is None else argv) else format_table(info))
+    print(json.dumps(info, indent=2) if as_json else format_table(info))
     return 0
