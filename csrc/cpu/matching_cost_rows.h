@@ -90,9 +90,10 @@ struct CostWorkspace {
   alignas(64) T gathered[4 * kQueryChunk];
   alignas(64) T softmax[2][kQueryChunk];  // maximum and sum of each query
 
+  // No overlap here wants an angle; its plane is that of the areas, because Planes::at reads all of them.
   QueryPlanes<T> query_planes() {
     return {
-        {planes[0], planes[1], planes[2], planes[3], planes[4], nullptr}, planes[5], planes[6], planes[7], planes[8]};
+        {planes[0], planes[1], planes[2], planes[3], planes[4], planes[4]}, planes[5], planes[6], planes[7], planes[8]};
   }
 };
 
