@@ -14,6 +14,12 @@ INVALID_PAIR = 2
 UNMATCHED_TARGET = 4
 
 
+def count_pairs(sizes: tuple[int, ...], queries: int, groups: int, repeats: int) -> tuple[int, ...]:
+    """Number of pairs of each image: every solve pairs as many as the smaller side has."""
+    most = queries // groups
+    return tuple([groups * min(repeats * size, most) for size in sizes])
+
+
 @dataclass(frozen=True)
 class Matches:
     """Which query each of the G target rows takes, for L layers and E = groups * repeats queries per target and layer.

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._matches import INVALID_PAIR, Matches
+from ._matches import INVALID_PAIR, Matches, count_pairs
 from ._registry import register
 from .box_iou import EpsMode, Format
 from .linear_assignment import _check_groups, _check_options
 from .matching_cost import ClassMode, cost_arguments
-from .packed_targets import AnyTargets, PackedTargets
+from .packed_targets import AnyTargets
 
 RepeatOrder = Literal["tile", "interleave"]
 Invalid = Literal["keep", "drop", "raise"]
@@ -46,6 +46,10 @@ def match(
     The result is what these two functions give, index by index. On the CPU the costs of one image and layer at a time are computed and
     solved, so that no cost matrix of the batch is ever in memory. No gradient flows.
 
+    Weights of targets change nothing here: a target of weight 0 takes its query like any other, and only the losses leave that query to the
+    background. To keep boxes out of the matching without waiting for the device, drop them before, with
+    :meth:`PaddedTargets.select <ssod_fast.structures.PaddedTargets.select>`.
+
     Args:
         logits: [L, B, Q, C] or [B, Q, C], floating point; may be None for class_mode "none".
         boxes: [L, B, Q, 4] or [B, Q, 4], floating point, in `box_format`.
@@ -62,7 +66,7 @@ def match(
         giou_eps_mode: see :func:`matching_cost`.
         extra_cost: see :func:`matching_cost`.
         groups: number of equal ranges of queries, each matched with all targets (Group DETR); a divisor of Q.
-        repeats: number of queries that each target takes within a group (one-to-many matching of H-DETR).
+        repeats: number of queries that each target takes within a group (one-to-many matching of H-DETR), at most 4096.
         repeat_order: see :func:`linear_assignment`, as `invalid` and `ties`.
         invalid: see :func:`linear_assignment`; "raise" waits for the device.
         ties: see :func:`linear_assignment`.
@@ -72,7 +76,7 @@ def match(
 
     Raises:
         ValueError: as :func:`matching_cost` and :func:`linear_assignment`.
-        TypeError: as :func:`matching_cost`.
+        TypeError: as :func:`matching_cost`, and for groups or repeats that are no int.
     """
     arguments, packed = cost_arguments(
         logits,
@@ -107,16 +111,8 @@ def match(
         repeats,
         offsets=packed.offsets,
         counts=packed.counts,
-        pair_counts=None if invalid == "drop" else _pair_counts(packed, queries, groups, repeats),
+        pair_counts=None if invalid == "drop" or packed.sizes is None else count_pairs(packed.sizes, queries, groups, repeats),
     )
-
-
-def _pair_counts(packed: PackedTargets, queries: int, groups: int, repeats: int) -> tuple[int, ...] | None:
-    """Every solve pairs as many as the smaller side has."""
-    if packed.sizes is None:
-        return None
-    most = queries // groups
-    return tuple([groups * min(repeats * size, most) for size in packed.sizes])
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
+from ._image_rows import readable
 from ._registry import register
 from .box_iou import EpsMode, Format
-from .packed_targets import AnyTargets, PackedTargets, pack_targets
+from .packed_targets import AnyTargets, PackedTargets, host_label_range, pack_targets
 
 ClassMode = Literal["focal", "focal_logits", "softmax", "prob", "none"]
 CLASS_MODES = {name: i for i, name in enumerate(get_args(ClassMode))}
@@ -266,10 +267,15 @@ def _computable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def check_number(name: str, value: float) -> None:
+    """Refuses what is no finite number."""
+    if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # a compiled graph cannot ask math.isfinite
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def _check_numbers(numbers: dict[str, float]) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:  # a compiled graph cannot ask math.isfinite
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        check_number(name, value)
     if numbers["gamma"] < 0:
         raise ValueError(f"gamma must be a finite number >= 0, got {numbers['gamma']!r}")
     low, high = _EPS_RANGE
@@ -298,49 +304,31 @@ def _check_predictions(logits: Tensor | None, boxes: Tensor, mode: int) -> tuple
 
 
 def _check_targets(packed: PackedTargets, boxes: Tensor, classes: int, mode: int) -> None:
-    batch, rows = boxes.shape[-3], packed.labels.shape[0]
-    if packed.batch != batch:
-        raise ValueError(f"targets must be of as many images as boxes, {batch}, got {packed.batch}")
-    if packed.labels.dtype is not torch.int64:
-        raise TypeError(f"labels of targets must be int64, got {packed.labels.dtype}")
-    if not packed.boxes.is_floating_point():
-        raise TypeError(f"boxes of targets must be floating point, got {packed.boxes.dtype}")
-    if packed.labels.dim() != 1 or packed.boxes.shape != (rows, 4):
-        raise ValueError(f"targets must have labels [G] and boxes [G, 4], got {list(packed.labels.shape)} and {list(packed.boxes.shape)}")
-    if packed.offsets is not None and packed.counts is not None:
-        raise ValueError("targets must have offsets or counts, got both")
-    if packed.offsets is not None and packed.offsets.shape != (batch + 1,):
-        raise ValueError(f"offsets of targets must be [{batch + 1}], got {list(packed.offsets.shape)}")
-    if packed.counts is not None and packed.counts.shape != (batch,):
-        raise ValueError(f"counts of targets must be [{batch}], got {list(packed.counts.shape)}")
-    if packed.offsets is None and rows % max(batch, 1):
-        raise ValueError(f"targets without offsets must have as many rows for each of the {batch} images, got {rows} rows")
+    if packed.batch != boxes.shape[-3]:
+        raise ValueError(f"targets must be of as many images as boxes, {boxes.shape[-3]}, got {packed.batch}")
     for name, tensor in (("labels", packed.labels), ("boxes", packed.boxes), ("offsets", packed.offsets), ("counts", packed.counts)):
         if tensor is not None and tensor.device != boxes.device:
             raise ValueError(f"{name} of targets must be on the device of boxes, {boxes.device}, got {tensor.device}")
-    if packed.label_range is not None and mode != NO_CLASS:
-        _check_labels(*packed.label_range, classes)
-    if type(packed.labels) is Tensor and packed.labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_host_rows(packed, classes, mode)
+    _check_host_bounds(packed)
+    if mode != NO_CLASS:
+        check_labels(packed, classes)
 
 
-def _check_labels(least: int, most: int, classes: int) -> None:
-    if least < 0 or most >= classes:
-        raise ValueError(f"labels of targets must lie in 0 .. {classes - 1}, got {least} .. {most}")
+def check_labels(packed: PackedTargets, classes: int, note: str = "") -> None:
+    """Refuses labels of real rows outside of 0 .. classes - 1 where the host can read them without waiting; `note` says more about why."""
+    found = host_label_range(packed)
+    if found is not None and (found[0] < 0 or found[1] >= classes):
+        raise ValueError(f"labels of targets must lie in 0 .. {classes - 1}{note}, got {found[0]} .. {found[1]}")
 
 
-def _check_host_rows(packed: PackedTargets, classes: int, mode: int) -> None:
-    """Checks values that lie on the host, where reading them waits for nobody."""
-    labels = packed.labels.numpy()
-    if packed.offsets is not None:
+def _check_host_bounds(packed: PackedTargets) -> None:
+    """Checks offsets and counts that lie on the host, where reading them waits for nobody."""
+    if packed.offsets is not None and readable(packed.offsets):
         _boxes._check_host_offsets("offsets of targets", packed.offsets, packed.rows)
-    elif packed.counts is not None:
+    elif packed.counts is not None and readable(packed.counts):
         counts, width = packed.counts.numpy(), packed.rows // max(packed.batch, 1)
         if counts.size and (counts.min() < 0 or counts.max() > width):
             raise ValueError(f"counts of targets must lie in 0 .. {width}, got {counts.tolist()}")
-        labels = labels.reshape(packed.batch, width)[torch.arange(width).numpy() < counts[:, None]]
-    if mode != NO_CLASS and labels.size:
-        _check_labels(labels.min(), labels.max(), classes)
 
 
 def _check_image_hw(image_hw: Tensor | None, boxes: Tensor, dtype: torch.dtype) -> Tensor | None:

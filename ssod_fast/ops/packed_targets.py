@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from ..structures import PaddedTargets
+from ._image_rows import readable
 
 
 @dataclass(frozen=True)
 class PackedTargets:
     """G target rows of B images, either ragged (`offsets`) or padded (`counts`): image b owns the rows
-    `offsets[b] .. offsets[b + 1]`, or the first `counts[b]` of the G / B rows from `b * G / B` on.
+    `offsets[b] .. offsets[b + 1]`, or the first `counts[b]` of the G / B rows from `b * G / B` on; all G / B without either.
+
+    A weight says how much a target counts in the losses of :mod:`ssod_fast.criterion`, from 1 to 0, where its query learns the background.
+    It neither keeps the target from taking a query nor lowers the number that losses are divided by. Boxes that shall do neither must not
+    be among the rows: :meth:`PaddedTargets.select <ssod_fast.structures.PaddedTargets.select>` drops them without waiting for the device,
+    and so do smaller `counts` where they come last.
 
     Attributes:
         labels: int64 [G]; anything in padding rows.
@@ -26,9 +32,13 @@ class PackedTargets:
         image: int64 [G], the image of each row.
         offsets: int64 [B + 1], or None for padded rows.
         counts: int32 or int64 [B], or None for ragged rows.
-        weights: float32 [G], factor of each target in a loss, or None for 1.
+        weights: float32 [G] in [0, 1], how much each target counts in a loss, or None for 1; anything in padding rows.
         sizes: number of targets per image where the host knows it.
         label_range: smallest and largest label of a list that was on the host and is now on a device.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, both offsets and counts, and rows that do not divide evenly where they must.
+        TypeError: for what is no tensor, labels that are not int64, boxes that are not floating point, and offsets that are no integers.
     """
 
     labels: Tensor
@@ -41,6 +51,17 @@ class PackedTargets:
     sizes: tuple[int, ...] | None = None
     label_range: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        rows = self.labels.shape[0]
+        if self.labels.dim() != 1 or self.boxes.shape != (rows, 4):
+            found = f"{list(self.labels.shape)} and {list(self.boxes.shape)}"
+            raise ValueError(f"targets must have labels [G] and boxes [G, 4], got {found}")
+        for name, value in (("image", self.image), ("weights", self.weights)):
+            if value is not None and value.shape != (rows,):
+                raise ValueError(f"{name} of targets must be [{rows}] as the labels are, got {list(value.shape)}")
+        _check_bounds(self, rows)
+
     @property
     def rows(self) -> int:
         """Number of rows, padding included: G."""
@@ -50,6 +71,56 @@ class PackedTargets:
     def padded(self) -> bool:
         """Whether every image owns the same number of rows, some of which are padding."""
         return self.counts is not None
+
+
+def _check_fields(targets: PackedTargets) -> None:
+    """Refuses wrong types: one look for each call that packs targets."""
+    labels, boxes, image, weights = targets.labels, targets.boxes, targets.image, targets.weights
+    tensors = isinstance(labels, Tensor) and isinstance(boxes, Tensor) and isinstance(image, Tensor)
+    if not (tensors and (weights is None or isinstance(weights, Tensor))):
+        found = {"labels": labels, "boxes": boxes, "image": image, "weights": weights}
+        name = next(name for name, value in found.items() if not isinstance(value, Tensor))
+        raise TypeError(f"{name} of targets must be a tensor, got {type(found[name]).__name__}")
+    if labels.dtype is not torch.int64:
+        raise TypeError(f"labels of targets must be int64, got {labels.dtype}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"boxes of targets must be floating point, got {boxes.dtype}")
+
+
+def _check_bounds(targets: PackedTargets, rows: int) -> None:
+    """Refuses offsets, counts and numbers of rows that do not fit the number of images."""
+    batch, offsets, counts = targets.batch, targets.offsets, targets.counts
+    if not isinstance(batch, int) or batch < 0:
+        raise ValueError(f"batch of targets must be an int >= 0, got {batch!r}")
+    if offsets is not None and counts is not None:
+        raise ValueError("targets must have offsets or counts, got both")
+    if offsets is not None:
+        _check_index("offsets", offsets, batch + 1)
+    elif counts is not None:
+        _check_index("counts", counts, batch)
+    if offsets is None and rows != batch * (rows // max(batch, 1)):
+        raise ValueError(f"targets without offsets must have as many rows for each of the {batch} images, got {rows} rows")
+
+
+def _check_index(name: str, index: Tensor, length: int) -> None:
+    if not isinstance(index, Tensor) or (index.dtype is not torch.int64 and index.dtype is not torch.int32):
+        found = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name} of targets must be an int32 or int64 tensor, got {found}")
+    if index.shape != (length,):
+        raise ValueError(f"{name} of targets must be [{length}], got {list(index.shape)}")
+
+
+def host_label_range(targets: PackedTargets) -> tuple[int, int] | None:
+    """Smallest and largest label of the real rows where the host can read them without waiting and there are any."""
+    if targets.label_range is not None or not readable(targets.labels):
+        return targets.label_range
+    labels, counts = targets.labels.numpy(), targets.counts
+    if counts is not None:
+        if not readable(counts):
+            return None
+        labels = labels.reshape(targets.batch, -1 if targets.batch else 0)
+        labels = labels[np.arange(labels.shape[1]) < counts.numpy()[:, None]]
+    return (int(labels.min()), int(labels.max())) if labels.size else None
 
 
 AnyTargets = PackedTargets | PaddedTargets | Sequence[Mapping[str, Any]]
@@ -62,16 +133,21 @@ def pack_targets(targets: AnyTargets, device: torch.device | str | None = None) 
     :class:`~ssod_fast.structures.PaddedTargets` are only viewed; packed targets pass through. Nothing waits for the device, unless the rows
     shall leave it.
 
+    A list has other lengths in each step, for which `torch.compile` would compile a function again and again: pack lists outside of it, or
+    take padded targets, whose shapes stay.
+
     Args:
-        targets: one mapping per image with `boxes` [T, 4], `labels` or `class_labels` int64 [T], and optionally `weights` [T], all on one
-            device; or :class:`~ssod_fast.structures.PaddedTargets`; or :class:`PackedTargets`.
+        targets: one mapping per image with `boxes` [T, 4], `labels` or `class_labels` int64 [T], and optionally `weights` [T] in [0, 1]
+            (what they mean: :class:`PackedTargets`), all on one device; or :class:`~ssod_fast.structures.PaddedTargets`; or
+            :class:`PackedTargets`.
         device: where the rows of a list shall be; by default where its boxes are. Targets in the other forms stay where they are.
 
     Returns:
         The rows, in the order of the images.
 
     Raises:
-        ValueError: for missing keys, wrong shapes, several devices, and padded or packed targets on another device than `device`.
+        ValueError: for missing keys, `labels` beside other `class_labels`, wrong shapes, several devices, and padded or packed targets on
+            another device than `device`.
         TypeError: for targets, boxes, labels or weights of another type.
     """
     where = None if device is None else torch.device(device)
@@ -135,6 +211,8 @@ def _offsets(sizes: tuple[int, ...]) -> Tensor:
 
 def _images(sizes: tuple[int, ...]) -> Tensor:
     """Image of each row; NumPy repeats on the host without the read of a tensor that torch would make."""
+    if torch.compiler.is_compiling():  # which would trace NumPy's repeat as that very read
+        return torch.cat([torch.full((size,), i, dtype=torch.int64) for i, size in enumerate(sizes)])
     return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int64), sizes))
 
 
@@ -194,9 +272,11 @@ def _check_target(i: int, target: Mapping[str, Any]) -> Fields:
     if type(target) is not dict and not isinstance(target, Mapping):  # the second question takes ten times as long
         raise TypeError(f"targets[{i}] must be a mapping with 'boxes' and 'labels', got {type(target).__name__}")
     boxes, weights = target.get("boxes"), target.get("weights")
-    labels = target.get("labels")
+    labels, other = target.get("labels"), target.get("class_labels")
     if labels is None:
-        labels = target.get("class_labels")
+        labels = other
+    elif other is not None and other is not labels:
+        raise ValueError(f"targets[{i}] must have 'labels' or 'class_labels', got both and they are not the same tensor")
     if boxes is None or labels is None:
         raise ValueError(f"targets[{i}] must have 'boxes' and 'labels' (or 'class_labels'), got the keys {sorted(target)}")
     if not _is_sound(boxes, labels, weights):

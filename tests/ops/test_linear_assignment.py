@@ -369,6 +369,8 @@ def test_every_output_is_written() -> None:
         ({"groups": 3}, ValueError, r"groups must be >= 1 and divide the number of queries \(4\), got 3"),
         ({"groups": 0}, ValueError, "groups must be >= 1"),
         ({"repeats": 0}, ValueError, "repeats must be >= 1, got 0"),
+        ({"repeats": 2**40}, ValueError, "repeats must be at most 4096, got 1099511627776"),
+        ({"repeats": True}, TypeError, "repeats must be an int, got True"),
         ({"groups": 2.0}, TypeError, r"groups must be an int, got 2\.0"),
         ({"repeats": "2"}, TypeError, "repeats must be an int, got '2'"),
         ({"row_min": torch.zeros(3)}, TypeError, "row_min must be an int64 tensor, got torch.float32"),

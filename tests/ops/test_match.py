@@ -253,6 +253,12 @@ def test_offsets_that_lie_about_the_rows_stay_in_range() -> None:
     assert query[0, 0, 2] >= 0
 
 
+def test_weights_change_nothing() -> None:
+    logits, boxes, targets = sample()
+    weighted = [{**target, "weights": torch.zeros(len(target["labels"]))} for target in targets]
+    assert equal(match(logits, boxes, weighted), match(logits, boxes, targets))
+
+
 def test_layouts_and_gradients() -> None:
     logits, boxes, targets = sample()
     expected = match(logits, boxes, targets)
@@ -311,12 +317,24 @@ def test_compile(device: str, dynamic: bool) -> None:
         matches = match(logits, boxes, PaddedTargets(target_boxes, labels, ones, ones, count))
         return matches.query, matches.cost
 
+    torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager" if device == "cpu" else "inductor")
     for sizes in ((5, 0, 9), (2, 3, 4)):
         logits, boxes, targets = sample(sizes)
         padded = PaddedTargets.from_list(targets, nmax=9).to(device)
         inputs = (logits.to(device), boxes.to(device), padded.labels, padded.boxes, padded.count)
         torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.parametrize("sizes", [(1,), (5,), (0,), (0, 3), (2, 0, 4)], ids=str)
+def test_compile_with_lists(sizes: tuple[int, ...], dynamic: bool | None) -> None:
+    logits, boxes, targets = sample(sizes)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: match(*inputs).query, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(logits, boxes, targets), match(logits, boxes, targets).query)
+        logits, boxes, targets = sample(tuple(2 * n for n in sizes), seed=1)
 
 
 @pytest.mark.gpu
@@ -356,6 +374,7 @@ def test_bad_input() -> None:
         ({"groups": 5}, r"groups must be >= 1 and divide the number of queries \(24\), got 5"),
         ({"groups": 0}, r"groups must be >= 1"),
         ({"repeats": 0}, "repeats must be >= 1, got 0"),
+        ({"repeats": 2**40}, "repeats must be at most 4096, got 1099511627776"),
         ({"repeat_order": "twice"}, "repeat_order must be one of 'tile', 'interleave', got 'twice'"),
         ({"invalid": "ignore"}, "invalid must be one of 'keep', 'drop', 'raise', got 'ignore'"),
         ({"ties": "lapjv"}, "ties must be one of 'scipy', 'any', got 'lapjv'"),
@@ -365,6 +384,12 @@ def test_bad_input() -> None:
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
+            match(logits, boxes, targets, **options)
+    for options, message in (
+        ({"groups": 2.0}, r"groups must be an int, got 2\.0"),
+        ({"repeats": 1.5}, r"repeats must be an int, got 1\.5"),
+    ):
+        with pytest.raises(TypeError, match=message):
             match(logits, boxes, targets, **options)
     with pytest.raises(ValueError, match="targets must be of as many images as boxes, 4, got 3"):
         match(logits, boxes, targets[:3])

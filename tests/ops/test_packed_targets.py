@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +146,11 @@ BAD = [
         ValueError,
         r"targets must be on one device, got cpu and targets\[1\]\['boxes'\] on meta",
     ),
+    (
+        [target(1), target(1, class_labels=torch.tensor([3]))],
+        ValueError,
+        r"targets\[1\] must have 'labels' or 'class_labels', got both and they are not the same tensor",
+    ),
     (target(1), TypeError, "targets must be a list of mappings, PaddedTargets or PackedTargets, got dict"),
     (torch.rand(3, 4), TypeError, "targets must be a list of mappings, PaddedTargets or PackedTargets, got Tensor"),
 ]
@@ -152,6 +160,47 @@ BAD = [
 def test_bad_input(targets: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pack_targets(targets)  # type: ignore[arg-type]
+
+
+def test_labels_by_two_names() -> None:
+    one = target(2, first=3)
+    assert pack_targets([{**one, "class_labels": one["labels"]}]).labels.tolist() == [3, 4]
+    assert pack_targets([{**one, "class_labels": None}]).labels.tolist() == [3, 4]
+
+
+BAD_FIELDS = [
+    ({"labels": [0, 1, 2]}, TypeError, "labels of targets must be a tensor, got list"),
+    ({"image": None}, TypeError, "image of targets must be a tensor, got NoneType"),
+    ({"weights": 1.0}, TypeError, "weights of targets must be a tensor, got float"),
+    ({"labels": torch.zeros(3)}, TypeError, r"labels of targets must be int64, got torch\.float32"),
+    ({"boxes": torch.zeros(3, 4).int()}, TypeError, r"boxes of targets must be floating point, got torch\.int32"),
+    ({"boxes": torch.zeros(3, 5)}, ValueError, r"targets must have labels \[G\] and boxes \[G, 4\], got \[3\] and \[3, 5\]"),
+    (
+        {"labels": torch.zeros(3, 1, dtype=torch.int64)},
+        ValueError,
+        r"targets must have labels \[G\] and boxes \[G, 4\], got \[3, 1\] and \[3, 4\]",
+    ),
+    ({"image": torch.zeros(2, dtype=torch.int64)}, ValueError, r"image of targets must be \[3\] as the labels are, got \[2\]"),
+    ({"weights": torch.ones(3, 1)}, ValueError, r"weights of targets must be \[3\] as the labels are, got \[3, 1\]"),
+    ({"offsets": torch.tensor([0, 3])}, ValueError, r"offsets of targets must be \[3\], got \[2\]"),
+    ({"offsets": [0, 2, 3]}, TypeError, "offsets of targets must be an int32 or int64 tensor, got list"),
+    ({"offsets": None, "counts": torch.ones(2)}, TypeError, r"counts of targets must be an int32 or int64 tensor, got torch\.float32"),
+    ({"counts": torch.tensor([2, 1])}, ValueError, "targets must have offsets or counts, got both"),
+    (
+        {"offsets": None, "counts": torch.tensor([2, 1])},
+        ValueError,
+        "targets without offsets must have as many rows for each of the 2 images",
+    ),
+    ({"offsets": None}, ValueError, "targets without offsets must have as many rows for each of the 2 images, got 3 rows"),
+    ({"batch": -1}, ValueError, "batch of targets must be an int >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD_FIELDS, ids=range(len(BAD_FIELDS)))
+def test_bad_fields(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    packed = pack_targets([target(2), target(1)])
+    with pytest.raises(error, match=message):
+        dataclasses.replace(packed, **fields)
 
 
 def test_rows_that_are_packed_are_not_moved() -> None:
