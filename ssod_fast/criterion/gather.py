@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops._matches import Matches
+from ..ops._image_rows import readable
+from ..ops._matches import Matches, count_pairs
 from ..ops.packed_targets import AnyTargets, PackedTargets, pack_targets
 
 
@@ -26,6 +28,7 @@ def gather_matched(predictions: Tensor, matches: Matches) -> Tensor:
 
     Raises:
         ValueError: for predictions of another shape than the matches have, or on another device.
+        TypeError: for predictions or matches of another type.
     """
     predictions = layers_of("predictions", predictions, matches)
     width = predictions.shape[-1]
@@ -34,20 +37,24 @@ def gather_matched(predictions: Tensor, matches: Matches) -> Tensor:
 
 
 def class_targets(matches: Matches, labels: Tensor, background: int) -> Tensor:
-    """Class of each query for losses that need a dense target.
+    """Class of each query for losses that need a dense target. Weights of targets take no part: a target of weight 0 gives its label too.
 
     Args:
         matches: of L layers and G target rows.
         labels: int64 [G].
-        background: class of unmatched queries.
+        background: class of unmatched queries; one that no label has.
 
     Returns:
         int64 [L, B, Q].
 
     Raises:
-        ValueError: for labels that do not fit the matches.
+        ValueError: for labels that do not fit the matches, or on another device.
+        TypeError: for labels that are no integers, and matches or background of another type.
     """
-    check_rows("labels", labels, matches)
+    check_matches(matches)
+    _check_labels(labels, matches)
+    if not isinstance(background, int):
+        raise TypeError(f"background must be an int, got {background!r}")
     layers, queries = matches.layers, matches.batch * matches.queries
     index = query_index(matches).flatten(1)  # [L, E * G]
     values = labels.to(torch.int64).expand(*matches.query.shape).flatten(1)
@@ -59,13 +66,21 @@ def class_targets(matches: Matches, labels: Tensor, background: int) -> Tensor:
 def normalizer(matches: Matches, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
     """What losses over matched pairs are divided by: the mean number of targets per rank, times the queries each takes, at least 1.
 
+    Weights take no part: a target of weight 0 counts as any other. For the sum of weights instead, pass a `norm` of your own to the losses;
+    for targets that shall not count, drop them before they are matched
+    (:meth:`PaddedTargets.select <ssod_fast.structures.PaddedTargets.select>` does so without waiting for the device).
+
     Args:
         matches: the number of targets is that of the real rows, matched or not.
         process_group: ranks to average over, by default all; nothing is communicated outside of distributed training.
 
     Returns:
         float32 scalar on the device of the matches. Nothing waits for it.
+
+    Raises:
+        TypeError: for matches of another type.
     """
+    check_matches(matches)
     copies = matches.groups * matches.repeats
     count = _real_rows(matches).to(torch.float32) * copies
     if dist.is_available() and dist.is_initialized():
@@ -148,31 +163,62 @@ class _Take(torch.autograd.Function):
 
 def packed_for(targets: AnyTargets, matches: Matches) -> PackedTargets:
     """The rows of `targets`, which must be those that were matched."""
+    check_matches(matches)
     packed = pack_targets(targets, matches.query.device)
     if packed.rows != matches.query.shape[-1] or packed.batch != matches.batch:
         raise ValueError(
             f"targets must be those of the matches, {matches.query.shape[-1]} rows in {matches.batch} images, "
             f"got {packed.rows} rows in {packed.batch} images"
         )
+    _check_images(packed, matches)
     return packed
 
 
-def layers_of(name: str, predictions: Tensor, matches: Matches) -> Tensor:
-    """Predictions as [L, B, Q, D], checked against the matches."""
+def _check_images(packed: PackedTargets, matches: Matches) -> None:
+    """Refuses other numbers of targets per image than were matched where the host knows both."""
+    if packed.sizes is not None and matches.pair_counts is not None:
+        expected = count_pairs(packed.sizes, matches.queries, matches.groups, matches.repeats)
+        if expected != matches.pair_counts:
+            raise ValueError(
+                f"targets must be those of the matches, with pairs {list(matches.pair_counts)} in the images, "
+                f"got targets {list(packed.sizes)}, which take {list(expected)}"
+            )
+    for name, ours, theirs in (("image", packed.image, matches.image), ("counts", packed.counts, matches.counts)):
+        if ours is None or theirs is None or ours is theirs or not (readable(ours) and readable(theirs)):
+            continue
+        if not np.array_equal(ours.numpy(), theirs.numpy()):
+            raise ValueError(f"targets must be those of the matches, {name} {theirs.tolist()}, got {name} {ours.tolist()}")
+
+
+def check_matches(matches: Matches) -> None:
+    """Refuses what is no result of a matching."""
+    if not isinstance(matches, Matches):
+        raise TypeError(f"matches must be the Matches that match() or linear_assignment() return, got {type(matches).__name__}")
+
+
+def layers_of(name: str, predictions: Tensor, matches: Matches, width: int | str = "D") -> Tensor:
+    """Predictions as [L, B, Q, D], checked against the matches; `width` is D if it must be a certain number, else its name."""
+    check_matches(matches)
     if not isinstance(predictions, Tensor) or not predictions.is_floating_point():
         found = predictions.dtype if isinstance(predictions, Tensor) else type(predictions).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {found}")
     stacked = predictions.unsqueeze(0) if predictions.dim() == 3 else predictions
     wanted = (matches.layers, matches.batch, matches.queries)
-    if stacked.dim() != 4 or tuple(stacked.shape[:3]) != wanted:
-        raise ValueError(f"{name} must be {[*wanted, 'D']} as the matches are, got {list(predictions.shape)}")
+    fits = stacked.dim() == 4 and tuple(stacked.shape[:3]) == wanted
+    if not fits or (isinstance(width, int) and stacked.shape[3] != width):
+        shape = ", ".join(str(size) for size in (*wanted, width))
+        raise ValueError(f"{name} must be [{shape}] as the matches are, got {list(predictions.shape)}")
     if stacked.device != matches.query.device:
         raise ValueError(f"{name} and matches must be on one device, got {stacked.device} and {matches.query.device}")
     return stacked
 
 
-def check_rows(name: str, values: Tensor, matches: Matches) -> None:
-    """Refuses what does not hold one value per target row."""
+def _check_labels(labels: Tensor, matches: Matches) -> None:
+    """Refuses what does not hold one integer per target row."""
+    if not isinstance(labels, Tensor) or labels.dtype is torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be an integer tensor, got {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}")
     rows = matches.query.shape[-1]
-    if tuple(values.shape) != (rows,):
-        raise ValueError(f"{name} must be [{rows}] as the matches are, got {list(values.shape)}")
+    if tuple(labels.shape) != (rows,):
+        raise ValueError(f"labels must be [{rows}] as the matches are, got {list(labels.shape)}")
+    if labels.device != matches.query.device:
+        raise ValueError(f"labels and matches must be on one device, got {labels.device} and {matches.query.device}")

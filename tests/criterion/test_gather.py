@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_deterministic_on_a_gpu(fill_uninitialised: None) -> None:
 
 def test_bad_input() -> None:
     logits, _, _, matches = random_case()
-    with pytest.raises(ValueError, match=r"predictions must be \[3, 3, 9, 'D'\] as the matches are, got \[3, 9, 4\]"):
+    with pytest.raises(ValueError, match=r"predictions must be \[3, 3, 9, D\] as the matches are, got \[3, 9, 4\]"):
         gather_matched(logits[0], matches)
     with pytest.raises(TypeError, match=r"predictions must be a floating point tensor, got torch\.int64"):
         gather_matched(logits.long(), matches)
@@ -145,3 +146,23 @@ def test_bad_input() -> None:
         gather_matched(logits.to("meta"), matches)
     with pytest.raises(ValueError, match=r"labels must be \[8\] as the matches are, got \[7\]"):
         class_targets(matches, torch.zeros(7, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="labels and matches must be on one device, got meta and cpu"):
+        class_targets(matches, torch.zeros(8, dtype=torch.int64, device="meta"), 0)
+    for labels, found in ((torch.zeros(8), r"torch\.float32"), (torch.zeros(8, dtype=torch.bool), r"torch\.bool"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"labels must be an integer tensor, got {found}"):
+            class_targets(matches, labels, 0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"background must be an int, got 4\.5"):
+        class_targets(matches, torch.zeros(8, dtype=torch.int64), 4.5)  # type: ignore[arg-type]
+
+
+def test_matches_must_be_matches() -> None:
+    logits, _, _, matches = random_case()
+    pairs: Any = matches.pairs()
+    calls = (
+        lambda: gather_matched(logits, pairs),
+        lambda: class_targets(pairs, torch.zeros(8, dtype=torch.int64), 0),
+        lambda: normalizer(pairs),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"matches must be the Matches that match\(\) or linear_assignment\(\) return, got list"):
+            call()

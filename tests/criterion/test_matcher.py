@@ -122,6 +122,53 @@ def test_invalid_predictions() -> None:
         HungarianMatcher(invalid="raise")(outputs, targets)
 
 
+def test_boxes_alone() -> None:
+    outputs, targets = sample()
+    matches = HungarianMatcher(class_mode="none").match({"pred_boxes": outputs["pred_boxes"]}, targets)
+    assert torch.equal(matches.query, match(None, outputs["pred_boxes"], targets, class_mode="none").query)
+    assert torch.equal(matches.query, HungarianMatcher(class_mode="none").match(outputs, targets).query)
+
+
+def test_boxes_in_pixels() -> None:
+    outputs, targets = sample()
+    sizes = torch.tensor([[480.0, 640], [333, 500], [800, 600]])
+    scale = sizes.flip(-1).repeat(1, 2)  # (w, h, w, h)
+    pixels = {**outputs, "pred_boxes": outputs["pred_boxes"] * scale[:, None]}
+    in_pixels = [{**t, "boxes": t["boxes"] * factor} for t, factor in zip(targets, scale, strict=True)]
+    matcher = HungarianMatcher(giou_eps_mode="max")
+    found = matcher.match(pixels, in_pixels, image_hw=sizes)
+    torch.testing.assert_close(found.cost, HungarianMatcher().match(outputs, targets).cost, atol=1e-4, rtol=1e-4)
+    pairs = matcher(pixels, in_pixels, image_hw=sizes)
+    assert all(torch.equal(a, b) for x, y in zip(pairs, found.pairs(), strict=True) for a, b in zip(x, y, strict=True))
+    corners = match(outputs["pred_logits"], pixels["pred_boxes"], in_pixels, image_hw=sizes, box_format="xyxy")
+    assert torch.equal(corners.cost, HungarianMatcher(box_format="xyxy").match(pixels, in_pixels, sizes).cost)
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"class_mode": "bce"}, ValueError, "class_mode must be one of"),
+    ({"gamma": -1.0}, ValueError, r"gamma must be a finite number >= 0, got -1\.0"),
+    ({"alpha": "1"}, ValueError, "alpha must be a finite number, got '1'"),
+    ({"eps": 0.0}, ValueError, "eps must lie in"),
+    ({"cost_bbox": float("nan")}, ValueError, "cost_bbox must be a finite number, got nan"),
+    ({"cost_class": "2"}, ValueError, "cost_class must be a finite number, got '2'"),
+    ({"box_format": "yx"}, ValueError, "box_format must be one of"),
+    ({"giou_eps_mode": "tiny"}, ValueError, "eps_mode must be one of"),
+    ({"groups": 2.0}, TypeError, r"groups must be an int, got 2\.0"),
+    ({"groups": 0}, ValueError, "groups must be >= 1, got 0"),
+    ({"repeats": 1.5}, TypeError, r"repeats must be an int, got 1\.5"),
+    ({"repeats": 2**40}, ValueError, "repeats must be at most 4096, got 1099511627776"),
+    ({"invalid": "ignore"}, ValueError, "invalid must be one of 'keep', 'drop', 'raise', got 'ignore'"),
+    ({"class_mode": ["focal"]}, ValueError, "class_mode must be one of"),
+    ({"invalid": None}, ValueError, "invalid must be one of"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS, ids=str)
+def test_options_are_checked_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        HungarianMatcher(**options)
+
+
 @pytest.mark.gpu
 def test_targets_of_the_host_and_predictions_of_the_device() -> None:
     outputs, targets = sample()
@@ -148,5 +195,10 @@ def test_bad_input() -> None:
         HungarianMatcher(groups=5)(outputs, targets)
     with pytest.raises(ValueError, match="targets must be of as many images as boxes, 3, got 2"):
         HungarianMatcher()(outputs, targets[:2])
-    assert "cost_class=2, cost_bbox=5, cost_giou=2, class_mode='focal'" in repr(HungarianMatcher())
+    with pytest.raises(TypeError, match="outputs must be a mapping with 'logits' or 'pred_logits', and 'pred_boxes', got tuple"):
+        HungarianMatcher()(tuple(outputs.values()), targets)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"outputs must have 'pred_boxes', got the keys \['boxes'\]"):
+        HungarianMatcher(class_mode="none")({"boxes": outputs["pred_boxes"]}, targets)
+    shown = "cost_class=2, cost_bbox=5, cost_giou=2, class_mode='focal', box_format='xyxy', groups=3, repeats=2, invalid='drop'"
+    assert shown in repr(HungarianMatcher(box_format="xyxy", groups=3, repeats=2, invalid="drop"))
     assert pack_targets(targets).sizes == (3, 0, 6)
