@@ -23,7 +23,7 @@ def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
     parts, _ = README.read_text().split("## Drop-ins\n")  # which tests/dropin/test_readme_snippets.py runs
     blocks = re.findall(r"```python\n(.*?)```", parts, flags=re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -39,6 +39,14 @@ def test_matching(names: dict[str, Any]) -> None:
     assert [(len(i), sorted(j.tolist())) for i, j in names["pairs"]] == [(2, [0, 1]), (0, [])]
     assert torch.isfinite(names["logits"].grad).all()
     assert (names["boxes"].grad != 0).any()
+
+
+def test_mining(names: dict[str, Any]) -> None:
+    cheap, mined, padded = names["cheap"], names["mined"], names["padded"]
+    assert mined.count.tolist() == [int(part.sum()) for part in cheap.split([12, 7])]
+    assert (mined.count > 0).all()
+    assert (mined.count <= padded.count).all()
+    assert torch.equal(mined.boxes[0, : mined.count[0]], padded.boxes[0, :12][cheap[:12]])
 
 
 def test_one_to_many(names: dict[str, Any]) -> None:
