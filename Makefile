@@ -42,7 +42,7 @@ gpu:
 	mkdir -p build/site && ln -sfn ../../ssod_fast build/site/ssod_fast
 	PYTHONPATH=build/site $(PYTHON) -m ssod_fast.ops
 	status=0; export PYTHONSAFEPATH=1 PYTHONPATH=build/site; \
-	$(PYTHON) -m pytest -m gpu tests/ops tests/nn tests/criterion tests/triton_kernels tests/detectors tests/methods -q || status=$$?; \
+	$(PYTHON) -m pytest -m gpu tests/ops tests/nn tests/criterion tests/dropin tests/triton_kernels tests/detectors tests/methods -q || status=$$?; \
 	PYTHONSAFEPATH= $(PYTHON) benchmarks/run.py --device cuda --out $(or $(OUT),benchmarks/results) || status=$$?; \
 	exit $$status
 
