@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.cpp_extension
+from conftest import ROOT
 from cost_cases import CLASS_MODES, random_case
 from cpp_module import build
 from torch import Tensor
@@ -97,3 +101,12 @@ def test_team_fills_rows_of_no_image(maths: ModuleType, team: tuple[int, int, in
     torch.testing.assert_close(cost, expected, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(keys, expected_keys)
     assert cost[:, 7:].isnan().all()
+
+
+def test_planes_of_queries_can_be_read(tmp_path: Path) -> None:
+    """All of them, also the one of angles, which costs have no use for."""
+    program = tmp_path / "query_planes"
+    includes = [ROOT / "csrc", *torch.utils.cpp_extension.include_paths()]
+    command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    subprocess.run([*command, *(f"-I{path}" for path in includes), ROOT / "tests/cpp/query_planes.cpp", "-o", program], check=True)
+    assert subprocess.run([program], check=False).returncode == 0
