@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssod_fast import ops
 from ssod_fast.cli.train import parse_train
 from ssod_fast.data import LoaderConfig, TrainLoader, ViewConfig, list_images, load_detection_data
 from ssod_fast.data.synthetic import write_scenes
@@ -102,3 +103,21 @@ def test_training_loop(names: dict[str, Any], tmp_path: Path) -> None:
 def test_train_commands_parse(command: str) -> None:
     config = parse_train(shlex.split(command)[2:])
     assert str(config.labeled).startswith("data/")
+
+
+def test_table_of_ops_is_complete() -> None:
+    """Every function of `ssod_fast.ops` that computes on boxes, costs or images has a row, and every row is of a function."""
+    table = README.read_text().split("| ops of `ssod_fast.ops` |")[1].split("\n\n")[0]
+    listed = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    public = {name for name in ops.__all__ if name.islower()}
+    short_forms = {"complete_box_iou", "distance_box_iou", "generalized_box_iou"}
+    helpers = {"cache_view", "cache_write", "pack_targets", "valid_mask"}
+        "cache_view",
+        "cache_write",
+        "complete_box_iou",
+        "distance_box_iou",
+        "generalized_box_iou",
+        "pack_targets",
+        "valid_mask",
+    }
+    assert listed == public - short_forms - helpers
