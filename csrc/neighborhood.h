@@ -73,7 +73,8 @@ SSOD_HD Proposal<T> propose(const Source<T>& source, const Step<T>& step) {
 // The lower of two numbers, NaN where either is: a size of an image may be NaN, and nothing is inside of such an image.
 template <typename T>
 SSOD_HD T lower_or_nan(T a, T b) {
-  return (a < b) | (a != a) ? a : b;  // without a branch
+  const T low = a < b ? a : b;  // two selections: loops over this one are vectorised
+  return a != a ? a : low;
 }
 
 // Share of a box inside of (0, 0, w, h); 0 for one without area. Comparisons keep the NaN of a box that is not finite.

@@ -155,3 +155,9 @@ def test_many_queries(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = reference._reference(*sample(rule, (2, 4, 5000, 80), 60), *make_rule(rule, 4, 5000))
     assert (target == expected[0]).double().mean() > 0.999  # logarithms of a GPU may order equal costs otherwise
     assert abs(int(count.sum()) - int(expected[4].sum())) <= 0.01 * int(expected[4].sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["simota", "soft_label"])
+def test_more_images_than_a_second_axis_holds(rule: str) -> None:
+    compare(sample(rule, (1, 70000, 2, 3), 4), make_rule(rule, 70000, 2))

@@ -73,3 +73,14 @@ def test_empty(batch: int, count: int, bags: int, per_bag: int) -> None:
 @pytest.mark.gpu
 def test_many_boxes() -> None:
     compare(uniforms(2, 500), real_boxes(40, 125), [0, 20, 40])
+
+
+@pytest.mark.gpu
+def test_more_images_than_a_second_axis_holds() -> None:
+    arguments = (uniforms(70000, 2), torch.full((70000, 2), 90.0, device=DEVICE), real_boxes(1, 2))
+    offsets = torch.ones(70001, dtype=torch.int64, device=DEVICE)
+    offsets[0] = 0
+    for actual, expected in zip(
+        kernels.random_negative_boxes(*arguments, offsets, 0.3, True), reference._reference(*arguments, offsets, 0.3, True), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
