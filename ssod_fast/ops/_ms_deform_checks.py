@@ -14,7 +14,7 @@ A kernel may rely on this:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,13 @@ def check_reference(points: Any, value: Tensor, weights: Tensor, levels: int) ->
     if not fits:
         raise ValueError(f"reference_points must be [{batch}, {queries}, {levels} or 1, 2 or 4], got {list(shape)}")
     _check_device("reference_points", points, value)
+
+
+def check_offset_scale(scale: Any) -> float:
+    """`scale` as a float; a tensor is refused, since reading it would wait for its device."""
+    if not isinstance(scale, Real | torch.SymFloat):
+        raise TypeError(f"offset_scale must be a number, got {type(scale).__name__}")
+    return float(scale)
 
 
 def check_grad_output(grad: Any, value: Tensor, queries: int) -> None:
@@ -188,8 +195,18 @@ def _check_points(samples: int, levels: int, num_points: Sequence[int] | None, n
     if num_points is None:
         if (samples % levels if levels else samples) != 0:
             raise ValueError(f"num_points must be given where {levels} levels do not share the {samples} samples of {name} equally")
+    elif not _are_integers(num_points):
+        raise TypeError(f"num_points must be a sequence of integers, got {num_points!r}")
     elif len(num_points) != levels or sum(num_points) != samples or min(num_points, default=0) < 0:
         raise ValueError(f"num_points must be {levels} numbers >= 0 that sum to the {samples} samples of {name}, got {list(num_points)}")
+
+
+def _are_integers(numbers: Any) -> bool:
+    """Whether these are several Python or numpy integers, on the host."""
+    try:
+        return all(type(number) is int or isinstance(number, Integral | torch.SymInt) for number in numbers)
+    except TypeError:  # nothing to iterate over
+        return False
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:

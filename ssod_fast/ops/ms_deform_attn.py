@@ -52,9 +52,9 @@ def ms_deform_attn(
 
     Raises:
         ValueError: for shapes, sizes or devices that do not fit together, and for an unknown method.
-        TypeError: for what is no tensor, and for integer, boolean or complex tensors.
+        TypeError: for what is no tensor, for integer, boolean or complex tensors, and for `num_points` that are no integers.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)

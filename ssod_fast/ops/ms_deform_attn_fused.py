@@ -85,14 +85,15 @@ def ms_deform_attn_fused(
 
     Raises:
         ValueError: for shapes, sizes or devices that do not fit together.
-        TypeError: for what is no tensor, and for integer, boolean or complex tensors.
+        TypeError: for what is no tensor, for integer, boolean or complex tensors, for `num_points` that are no integers, and for an
+            `offset_scale` that is no number.
     """
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_offsets, attention_logits, levels, num_points, _NAMES)
     _ms_deform_checks.check_reference(reference_points, value, attention_logits, levels)
     tensors = value, shapes, start, reference_points, sampling_offsets, attention_logits
-    options = hw, num_points, float(offset_scale)
+    options = hw, num_points, _ms_deform_checks.check_offset_scale(offset_scale)
     wanted = value.requires_grad or sampling_offsets.requires_grad or attention_logits.requires_grad or reference_points.requires_grad
     if wanted and torch.is_grad_enabled():
         out, lse = _MSDeformAttnFused.apply(*tensors, deterministic, *options)  # type: ignore[no-untyped-call]

@@ -66,6 +66,9 @@ SHARED = [
     ({"num_points": [4]}, ValueError, r"num_points must be 2 numbers >= 0 that sum to the 4 samples of attention_\w+, got \[4\]"),
     ({"num_points": [1, 2]}, ValueError, "num_points must be 2 numbers >= 0 that sum to the 4 samples"),
     ({"num_points": [5, -1]}, ValueError, r"num_points must be 2 numbers >= 0 .* got \[5, -1\]"),
+    ({"num_points": 4}, TypeError, "num_points must be a sequence of integers, got 4"),
+    ({"num_points": [2.0, 2.0]}, TypeError, r"num_points must be a sequence of integers, got \[2.0, 2.0\]"),
+    ({"num_points": torch.tensor([2, 2])}, TypeError, r"num_points must be a sequence of integers, got tensor\(\[2, 2\]\)"),
     ({"spatial_shapes": [(2, 3), (1, 1), (1, 1)]}, ValueError, "num_points must be given where 3 levels do not share the 4 samples"),
     ({"spatial_shapes": [], "value": torch.zeros(2, 0, 3, 4)}, ValueError, "num_points must be given where 0 levels"),
 ]
@@ -131,6 +134,15 @@ def test_method() -> None:
         plain(method="nearest")
     with pytest.raises(ValueError, match="method must be one of 'bilinear', 'discrete', got 0"):
         plain(method=0)
+    with pytest.raises(ValueError, match=r"method must be one of 'bilinear', 'discrete', got \['discrete'\]"):
+        plain(method=["discrete"])
+
+
+@pytest.mark.parametrize(("scale", "kind"), [("0.5", "str"), (torch.tensor(0.5), "Tensor"), (None, "NoneType")])
+def test_offset_scale(scale: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"offset_scale must be a number, got {kind}"):
+        fused(offset_scale=scale)
+    assert torch.equal(fused(offset_scale=np.float32(0.5)), fused())
 
 
 def test_integers_of_other_kinds_are_sizes() -> None:
