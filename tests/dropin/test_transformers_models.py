@@ -274,9 +274,9 @@ def test_half_precision(name: str) -> None:
     assert float((half - exact).abs().mean() / exact.abs().mean()) < 0.05
 
 
-def decoder_layer(name: str, fused: bool = True) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def decoder_layer(name: str, fused: bool = True, **options: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A patched layer and its arguments."""
-    model = build(name).eval()
+    model = build(name, **options).eval()
     layer = model.get_submodule(next(key for key, m in model.named_modules() if m is wrappers(model)[-1]).rpartition(".")[0])
     calls: list[Any] = []
     handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
@@ -332,6 +332,14 @@ def test_an_exported_model_knows_none_of_our_ops(name: str, fused: bool) -> None
     text = str(program.graph)
     assert "grid_sampler" in text
     assert "ssod_fast" not in text
+    torch.testing.assert_close(next(flat(program.module()(*args, **kwargs))), next(flat(layer(*args, **kwargs))), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_an_exported_model_with_discrete_sampling_knows_none_either(name: str) -> None:
+    layer, args, kwargs = decoder_layer(name, decoder_method="discrete")
+    program = torch.export.export(layer, args, kwargs, strict=False)
+    assert "ssod_fast" not in str(program.graph)
     torch.testing.assert_close(next(flat(program.module()(*args, **kwargs))), next(flat(layer(*args, **kwargs))), atol=1e-5, rtol=1e-5)
 
 

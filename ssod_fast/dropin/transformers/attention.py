@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...ops import ms_deform_attn, ms_deform_attn_fused
 from ...ops._ms_deform_checks import Shapes
 from .._attention import exporting
-from .decomposed import decomposed_attention, sampling_locations
+from .decomposed import decomposed_attention, decomposed_discrete, sampling_locations
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -45,8 +45,9 @@ def core(
     deterministic: bool | None = None,
 ) -> Tensor:
     """:func:`~ssod_fast.ops.ms_deform_attn`, or plain PyTorch while a model is exported, since no runtime elsewhere knows our op."""
-    if exporting() and method == "bilinear":
-        return decomposed_attention(value, shapes, locations, weights, num_points)
+    if exporting():
+        decomposed = decomposed_attention if method == "bilinear" else decomposed_discrete
+        return decomposed(value, shapes, locations, weights, num_points)
     options: Any = {"num_points": num_points, "method": method, "deterministic": deterministic}
     return ms_deform_attn(value, shapes, locations, weights, **options)
 

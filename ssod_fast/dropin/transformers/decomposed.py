@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops import _ms_deform_attn as sampling
 from ...ops._ms_deform_checks import Shapes
 
 
@@ -60,6 +61,27 @@ def decomposed_attention(value: Tensor, shapes: Shapes, locations: Tensor, weigh
     out = (torch.cat(sampled, -1) * shares).sum(-1).to(value.dtype)  # [B * M, C, Q]
     result: Tensor = out.unflatten(0, (value.shape[0], -1)).permute(0, 3, 1, 2).flatten(2)
     return result
+
+
+def decomposed_discrete(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, num_points: Sequence[int] | None) -> Tensor:
+    """As :func:`decomposed_attention`, for method "discrete": one token per sample.
+
+    Args:
+        value: [B, S, M, C].
+        shapes: (height, width) of each level.
+        locations: [B, Q, M, K, 2], normalised (x, y).
+        weights: [B, Q, M, K].
+        num_points: samples of each level, by default K / L.
+
+    Returns:
+        [B, Q, M * C].
+    """
+    dtype = sampling.compute_dtype(value)
+    on_device = shapes if isinstance(shapes, Tensor) else None
+    on_host = None if isinstance(shapes, Tensor) else [int(size) for pair in shapes for size in pair]
+    levels = sampling.make_levels(value.device, weights.shape[3], on_device, None, on_host, num_points)
+    out = sampling.sample_discrete(value.to(dtype), locations.to(dtype), weights.to(dtype), levels)
+    return out.flatten(2).to(value.dtype)
 
 
 def _counts(samples: int, levels: int, num_points: Sequence[int] | None) -> list[int]:
