@@ -42,7 +42,9 @@ def patch(model: nn.Module, *, upstream_square_clamp: bool = True, deterministic
     Raises:
         NothingPatched: if the model has no such attention.
         UnknownSurface: if an attention has a function that is not known; nothing is replaced then.
+        TypeError: if `model` is no module.
     """
+    _check_module(model)
     plan = Plan()
     for name, module in _owners(model):
         current = vars(module)[_CORE]
@@ -62,8 +64,17 @@ def unpatch(model: nn.Module) -> int:
 
     Returns:
         How many places are as they were; 0 the second time.
+
+    Raises:
+        TypeError: if `model` is no module.
     """
+    _check_module(model)
     return sum(restore(module, name) for module in model.modules() for name in (_CORE, _VALUE_OP))
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

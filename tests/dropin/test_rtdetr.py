@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,6 +185,9 @@ def test_mixed_dtypes() -> None:
 def test_refusals_leave_everything_alone() -> None:
     with pytest.raises(NothingPatched, match="Linear has no module with ms_deformable_attn_core: not a model of RT-DETR, D-FINE or DEIM"):
         rtdetr.patch(nn.Linear(2, 2))
+    for call in (rtdetr.patch, rtdetr.unpatch):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got SimpleNamespace"):
+            call(SimpleNamespace())  # type: ignore[arg-type]
 
     def unknown(value: Tensor) -> Tensor:
         return value
