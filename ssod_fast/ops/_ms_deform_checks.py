@@ -85,6 +85,12 @@ def check_reference(points: Any, value: Tensor, weights: Tensor, levels: int) ->
     _check_device("reference_points", points, value)
 
 
+def check_deterministic(switch: Any) -> None:
+    """Refuses what is neither a switch nor None."""
+    if switch is not None and not isinstance(switch, bool):
+        raise TypeError(f"deterministic must be a bool or None, got {switch!r}")
+
+
 def check_offset_scale(scale: Any) -> float:
     """`scale` as a float; a tensor is refused, since reading it would wait for its device."""
     if not isinstance(scale, Real | torch.SymFloat):

@@ -52,10 +52,11 @@ def ms_deform_attn(
 
     Raises:
         ValueError: for shapes, sizes or devices that do not fit together, and for an unknown method.
-        TypeError: for what is no tensor, for integer, boolean or complex tensors, and for `num_points` that are no integers.
+        TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
     """
     if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
+    _ms_deform_checks.check_deterministic(deterministic)
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_locations, attention_weights, levels, num_points, _NAMES)
@@ -97,6 +98,7 @@ def ms_deform_attn_gradients(
         ValueError: as :func:`ms_deform_attn`.
         TypeError: as :func:`ms_deform_attn`.
     """
+    _ms_deform_checks.check_deterministic(deterministic)
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_locations, attention_weights, levels, num_points, _NAMES)

@@ -85,9 +85,9 @@ def ms_deform_attn_fused(
 
     Raises:
         ValueError: for shapes, sizes or devices that do not fit together.
-        TypeError: for what is no tensor, for integer, boolean or complex tensors, for `num_points` that are no integers, and for an
-            `offset_scale` that is no number.
+        TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
     """
+    _ms_deform_checks.check_deterministic(deterministic)
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_offsets, attention_logits, levels, num_points, _NAMES)

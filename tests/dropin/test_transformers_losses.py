@@ -355,6 +355,10 @@ def test_models_without_a_known_loss_are_refused() -> None:
         dropin.set_loss(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got Mask2FormerForUniversalSegmentation with loss type"):
         dropin.set_loss(build("mask2former"))
+    with pytest.raises(TypeError, match="weights_key must be a string, got 3"):
+        dropin.set_loss(build("rt_detr"), 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        dropin.unset_loss("rt_detr")  # type: ignore[arg-type]
 
 
 def test_a_loss_with_other_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

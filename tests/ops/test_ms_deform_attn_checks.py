@@ -66,6 +66,8 @@ SHARED = [
     ({"num_points": [4]}, ValueError, r"num_points must be 2 numbers >= 0 that sum to the 4 samples of attention_\w+, got \[4\]"),
     ({"num_points": [1, 2]}, ValueError, "num_points must be 2 numbers >= 0 that sum to the 4 samples"),
     ({"num_points": [5, -1]}, ValueError, r"num_points must be 2 numbers >= 0 .* got \[5, -1\]"),
+    ({"deterministic": "no"}, TypeError, "deterministic must be a bool or None, got 'no'"),
+    ({"deterministic": 1}, TypeError, "deterministic must be a bool or None, got 1"),
     ({"num_points": 4}, TypeError, "num_points must be a sequence of integers, got 4"),
     ({"num_points": [2.0, 2.0]}, TypeError, r"num_points must be a sequence of integers, got \[2.0, 2.0\]"),
     ({"num_points": torch.tensor([2, 2])}, TypeError, r"num_points must be a sequence of integers, got tensor\(\[2, 2\]\)"),

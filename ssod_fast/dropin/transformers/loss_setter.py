@@ -55,9 +55,11 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
         What is replaced now.
 
     Raises:
-        TypeError: if `model` is no detector of transformers whose loss is known here.
+        TypeError: if `model` is no detector of transformers whose loss is known here, or `weights_key` is no string.
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
     """
+    if not isinstance(weights_key, str):
+        raise TypeError(f"weights_key must be a string, got {weights_key!r}")
     check_version()
     kind = getattr(model, "loss_type", None)
     family = _FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -80,5 +82,10 @@ def unset_loss(model: nn.Module) -> int:
 
     Returns:
         1, or 0 if the model has its own loss.
+
+    Raises:
+        TypeError: if `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return int(restore(model, "_loss_function"))
