@@ -406,6 +406,25 @@ def test_models_built_after_registration_use_our_core(tmp_path: Any) -> None:
 
 
 @pytest.mark.usefixtures("clean_registry")
+def test_a_name_that_somebody_else_has_registered_is_left_alone() -> None:
+    from transformers import monkey_patching
+
+    class Another(nn.Module):
+        pass
+
+    before = [getattr(module, name) for module, name, _ in models._functions()]
+    monkey_patching.register_patch_mapping({models.CORE: Another})
+    try:
+        with pytest.raises(ValueError, match=models.CORE):
+            dropin.register()
+        assert [getattr(module, name) for module, name, _ in models._functions()] == before
+        assert dropin.unregister() == 0
+        assert monkey_patching.get_patch_mapping()[models.CORE] is Another
+    finally:
+        monkey_patching.unregister_patch_mapping([models.CORE])
+
+
+@pytest.mark.usefixtures("clean_registry")
 @pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", "mask2former", "oneformer"])
 def test_functions_are_replaced_by_registration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():

@@ -141,6 +141,7 @@ def register() -> Patched:
 
     Raises:
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
+        ValueError: by transformers, if another class is registered in place of the same one; nothing is changed then.
     """
     check_version()
     registry = require("transformers.monkey_patching", "transformers>=5.17,<6")
@@ -149,12 +150,12 @@ def register() -> Patched:
         names = _FUNCTION_PARAMETERS if new is attention else (*_FUNCTION_PARAMETERS, "num_points_list", "method")
         check_parameters(original(module, name), f"{module.__name__}.{name}", names)
         plan.add(module, name, new)
+    known = _registered(registry)
+    if not known:  # before the functions: it refuses a name that somebody else has taken
+        registry.register_patch_mapping({CORE: AttentionCore})
     patched = plan.apply("transformers has no multi-scale deformable attention")
     places = (f"registry of transformers: {CORE}", *patched.places)
-    if _registered(registry):
-        return dataclasses.replace(patched, places=places)
-    registry.register_patch_mapping({CORE: AttentionCore})
-    return dataclasses.replace(patched, places=places, _undo=(partial(_forget, registry),))
+    return dataclasses.replace(patched, places=places, _undo=() if known else (partial(_forget, registry),))
 
 
 def unregister() -> int:
