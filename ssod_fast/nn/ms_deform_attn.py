@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
     Raises:
         ValueError: for sizes below 1, heads that do not divide `embed_dim`, and `num_points` that are not one per level.
+        TypeError: for sizes that are no integers.
     """
 
     def __init__(
@@ -44,8 +46,11 @@ class MultiScaleDeformableAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_levels", num_levels)):
+            if not isinstance(size, Integral):
+                raise TypeError(f"{name} must be an integer, got {size!r}")
         self.embed_dim, self.num_heads, self.num_levels = embed_dim, num_heads, num_levels
-        self.num_points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+        self.num_points = list(num_points) if isinstance(num_points, Iterable) else [num_points] * num_levels
         self.offset_scale = offset_scale
         self._check_sizes()
         samples = num_heads * sum(self.num_points)
@@ -126,6 +131,8 @@ class MultiScaleDeformableAttention(nn.Module):
         return f"{self.embed_dim}, num_heads={self.num_heads}, num_points={self.num_points}, offset_scale={self.offset_scale}"
 
     def _check_sizes(self) -> None:
+        if not all(isinstance(count, Integral) for count in self.num_points):
+            raise TypeError(f"num_points must be an integer or a sequence of integers, got {self.num_points}")
         for name in ("embed_dim", "num_heads", "num_levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

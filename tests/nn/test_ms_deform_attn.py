@@ -216,6 +216,20 @@ def test_bad_sizes(sizes: tuple[Any, ...], message: str) -> None:
         MultiScaleDeformableAttention(*sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"embed_dim": 32.0}, r"embed_dim must be an integer, got 32\.0"),
+        ({"num_levels": "4"}, "num_levels must be an integer, got '4'"),
+        ({"num_points": 2.5}, r"num_points must be an integer or a sequence of integers, got \[2\.5, "),
+        ({"num_points": [1, 2, 1.5, 1]}, r"num_points must be an integer or a sequence of integers, got \[1, 2, 1\.5, 1\]"),
+    ],
+)
+def test_sizes_of_other_types(sizes: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        MultiScaleDeformableAttention(**sizes)
+
+
 def test_bad_input() -> None:
     module = random_module()
     query, points, tokens = inputs()
