@@ -1,5 +1,5 @@
 # make demo   train a supervised baseline and MixPL on synthetic scenes, write runs/demo/report.html
-# make test   build and run the test suite
+# make test   build and run the test suite, its drop-in part on the newest and the oldest transformers
 # make lint   ruff, mypy, clang-format
 # make bench  CPU benchmarks, one thread
 # make gpu    one-command GPU check: build for the GPU present, GPU tests, GPU benchmarks (uses the python3 that is there)
@@ -12,13 +12,25 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet
 BUILD  := .venv/bin/python setup.py --quiet build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
 CSRC   := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint format bench gpu clean
+# The oldest transformers that the drop-ins know, in a folder of its own: it wants an older hub client than the newest one does.
+OLD_HF := .venv/transformers-5.17
+
+.PHONY: demo test test-old-transformers lint format bench gpu clean
 
 demo: .venv/.built-cpu
 	.venv/bin/ssod-fast demo
 
 test: .venv/.built .venv/.dev
 	.venv/bin/pytest tests $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory test-old-transformers
+
+test-old-transformers: .venv/.built $(OLD_HF)/.done
+	PYTHONPATH=$(OLD_HF) .venv/bin/pytest tests/dropin/test_transformers_models.py tests/dropin/test_transformers_losses.py
+
+$(OLD_HF)/.done: .venv/.dev
+	$(PIP) --target $(OLD_HF) --no-deps transformers==5.17.0
+	$(PIP) --target $(OLD_HF) "huggingface-hub<2"
+	@touch $@
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
