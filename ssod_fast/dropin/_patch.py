@@ -57,9 +57,12 @@ class Patched:
         return len(self.places)
 
     def undo(self) -> None:
-        """Puts back what this very call replaced; a second time nothing."""
-        for place in reversed(self._new):
-            restore(place.owner, place.name)
+        """Puts back what this very call replaced; a second time nothing.
+
+        Raises:
+            RuntimeError: if an attribute has been replaced again since; nothing is put back then.
+        """
+        restore_places(self._new)
         for call in self._undo:
             call()
 
@@ -109,8 +112,11 @@ class Plan:
 
         Returns:
             How many places.
+
+        Raises:
+            RuntimeError: if an attribute has been replaced again since; nothing is put back then.
         """
-        return sum(restore(place.owner, place.name) for place, _ in reversed(self._steps))
+        return restore_places([place for place, _ in self._steps])
 
 
 def replace(owner: Any, name: str, new: Any) -> bool:
@@ -148,9 +154,8 @@ def restore(owner: Any, name: str) -> bool:
     record = vars(owner).get(_RECORD, {})
     if name not in record:
         return False
-    old, new = record[name]
-    if _own(owner, name) is not new:
-        raise RuntimeError(f"{label_of(owner)}.{name} has been replaced again since ssod_fast patched it: undo that first")
+    _check_unchanged(Place(owner, name, f"{label_of(owner)}.{name}"))
+    old, _ = record[name]
     if old is Absent:
         delattr(owner, name)
     else:
@@ -163,17 +168,43 @@ def restore(owner: Any, name: str) -> bool:
     return True
 
 
-def restore_all(owner: Any) -> int:
-    """Puts back everything that was replaced on `owner`.
+def restore_places(places: Sequence[Place]) -> int:
+    """Puts back what :func:`replace` replaced, everywhere or nowhere.
 
     Args:
-        owner: a module, class or object.
+        places: where; those that were not replaced stay as they are.
 
     Returns:
-        How many attributes.
+        How many places were restored.
+
+    Raises:
+        RuntimeError: if one has been replaced once more by somebody else; nothing is put back then.
     """
-    names = list(vars(owner).get(_RECORD, {}))
-    return sum(restore(owner, name) for name in reversed(names))
+    for place in places:
+        if is_replaced(place.owner, place.name):
+            _check_unchanged(place)
+    return sum(restore(place.owner, place.name) for place in reversed(places))
+
+
+def places_in(model: nn.Module, *names: str) -> list[Place]:
+    """Attributes of a model's modules that are replaced now.
+
+    Args:
+        model: a module, searched with all inside of it.
+        names: of the attributes.
+
+    Returns:
+        The places, labelled by the path of their module.
+    """
+    found = [(path, module, name) for path, module in model.named_modules() for name in names if is_replaced(module, name)]
+    return [Place(module, name, f"{path or label_of(module)}.{name}") for path, module, name in found]
+
+
+def _check_unchanged(place: Place) -> None:
+    """Refuses to put back where somebody else's change would be lost."""
+    _, new = vars(place.owner)[_RECORD][place.name]
+    if _own(place.owner, place.name) is not new:
+        raise RuntimeError(f"{place.label} has been replaced again since ssod_fast patched it: undo that first")
 
 
 def is_replaced(owner: Any, name: str) -> bool:

@@ -61,7 +61,7 @@ def test_copies_keep_their_patches_and_can_be_unpatched(duplicate) -> None:
     _patch.replace(model, "0", nn.GELU())
     twin = duplicate(model)
     assert _patch.is_replaced(twin, "0")
-    assert _patch.restore_all(twin) == 1
+    assert _patch.restore_places(_patch.places_in(twin, "0")) == 1
     assert isinstance(twin[0], nn.ReLU)
     assert isinstance(model[0], nn.GELU)
 
@@ -73,6 +73,19 @@ def test_a_later_change_by_somebody_else_is_not_lost() -> None:
     with pytest.raises(RuntimeError, match=r"some_module\.f has been replaced again since ssod_fast patched it"):
         _patch.restore(module, "f")
     assert module.f is max  # type: ignore[attr-defined]
+
+
+def test_all_places_are_put_back_or_none() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()))
+    for owner, name in ((model[0], "forward"), (model[1][0], "forward")):
+        _patch.replace(owner, name, abs)
+    model[1][0].forward = max
+    with pytest.raises(RuntimeError, match=r"^1\.0\.forward has been replaced again since ssod_fast patched it"):
+        _patch.restore_places(_patch.places_in(model, "forward"))
+    assert model[0].forward is abs
+    model[1][0].forward = abs
+    assert _patch.restore_places(_patch.places_in(model, "forward")) == 2
+    assert _patch.places_in(model, "forward") == []
 
 
 def plan_for(module: ModuleType) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torchvision.ops import boxes as box_ops
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
+from ssod_fast.dropin import NothingPatched
 from ssod_fast.dropin.torchvision import patch_box_iou, unpatch_box_iou
 
 PLACES = ("torchvision.ops.boxes.box_iou", "torchvision.ops.box_iou", "torchvision.transforms.v2._geometry.box_iou")
@@ -115,6 +117,83 @@ def test_patching_twice_and_unpatching_twice() -> None:
     assert unpatch_box_iou(model) == 0
     assert clone.rpn.box_similarity is ours
     assert box_ops.box_iou is torchvision.ops.box_iou is model.rpn.box_similarity is THEIRS
+
+
+def live(model: nn.Module) -> list[Any]:
+    return [model.rpn.box_similarity, model.roi_heads.box_similarity]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_models_are_unpatched_in_any_order(first: int) -> None:
+    models = faster_rcnn(), faster_rcnn()
+    for model in models:
+        patch_box_iou(model)
+    assert unpatch_box_iou(models[first]) == 5
+    assert live(models[first]) == [THEIRS] * 2
+    assert unpatch_box_iou(models[1 - first]) == 2
+    assert live(models[1 - first]) == [THEIRS] * 2
+    assert [unpatch_box_iou(model) for model in models] == [0, 0]
+
+
+def test_torchvision_is_unpatched_before_the_model() -> None:
+    model = faster_rcnn()
+    patch_box_iou(model)
+    assert unpatch_box_iou() == 3
+    assert box_ops.box_iou is THEIRS
+    assert THEIRS not in live(model)
+    assert unpatch_box_iou(model) == 2
+    assert live(model) == [THEIRS] * 2
+
+
+def test_a_copy_is_unpatched_after_the_model() -> None:
+    model = faster_rcnn()
+    patched = patch_box_iou(model)
+    clone = copy.deepcopy(model)
+    patched.undo()
+    assert live(model) == [THEIRS] * 2
+    assert unpatch_box_iou(clone) == 2
+    assert live(clone) == [THEIRS] * 2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_was_built_in_between(again: bool) -> None:
+    with patch_box_iou():
+        model = faster_rcnn()
+    assert THEIRS not in live(model)
+    if again:
+        patch_box_iou(model)
+    assert unpatch_box_iou(model) == (5 if again else 2)
+    assert live(model) == [THEIRS] * 2
+    assert unpatch_box_iou(model) == 0
+
+
+def test_a_module_that_was_imported_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("torchvision.later")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with patch_box_iou():
+        module.box_iou = box_ops.box_iou
+    assert unpatch_box_iou() == 1
+    assert module.box_iou is THEIRS
+
+
+def test_what_somebody_else_has_replaced_again_stays_and_the_rest_with_it() -> None:
+    model = faster_rcnn()
+    patch_box_iou(model)
+    ours, model.roi_heads.box_similarity = model.roi_heads.box_similarity, max
+    with pytest.raises(RuntimeError, match=r"roi_heads\.box_similarity has been replaced again"):
+        unpatch_box_iou(model)
+    assert model.rpn.box_similarity is torchvision.ops.box_iou is ours
+    model.roi_heads.box_similarity = ours
+    assert unpatch_box_iou(model) == 5
+
+
+def test_other_arguments_are_refused() -> None:
+    for call in (patch_box_iou, unpatch_box_iou):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module or None, got int"):
+            call(3)  # type: ignore[arg-type]
+    with pytest.raises(NothingPatched, match="Linear has no part of a detector of torchvision"):
+        patch_box_iou(nn.Linear(2, 2))
+    assert torchvision.ops.box_iou is THEIRS
 
 
 @pytest.mark.parametrize("fmt", ["xyxy", "xywh", "cxcywh"])
