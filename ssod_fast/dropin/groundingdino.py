@@ -32,6 +32,9 @@ def unpatch() -> int:
 
     Returns:
         How many places are as they were; 0 the second time.
+
+    Raises:
+        RuntimeError: if a place has been replaced again by somebody else; nothing is put back then.
     """
     return _plan(None).revert()
 

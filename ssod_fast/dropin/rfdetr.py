@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import ms_deform_attn_fused
 from ._attention import exporting
-from ._patch import Patched, Plan, check_parameters, restore
+from ._patch import Patched, Plan, check_parameters, places_in, restore_places
 
 _CLASS = "MSDeformAttn"
 _SIZES = ("d_model", "n_levels", "n_heads", "n_points")
@@ -52,8 +52,12 @@ def unpatch(model: Any) -> int:
 
     Returns:
         How many places are as they were; 0 the second time.
+
+    Raises:
+        RuntimeError: if a forward has been replaced again by somebody else; nothing is put back then.
+        TypeError: if there is no module.
     """
-    return sum(restore(module, "forward") for module in _module_of(model).modules() if type(module).__name__ == _CLASS)
+    return restore_places([place for place in places_in(_module_of(model), "forward") if type(place.owner).__name__ == _CLASS])
 
 
 def _module_of(model: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import ms_deform_attn
 from ..ops.ms_deform_attn import Method
 from ._attention import CORE, exporting
-from ._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, parameters, restore
+from ._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, parameters, places_in, restore_places
 
 _CORE = "ms_deformable_attn_core"  # holds a function, or a functools.partial of one
 _VALUE_OP = "value_op"
@@ -66,10 +66,11 @@ def unpatch(model: nn.Module) -> int:
         How many places are as they were; 0 the second time.
 
     Raises:
+        RuntimeError: if a place has been replaced again by somebody else; nothing is put back then.
         TypeError: if `model` is no module.
     """
     _check_module(model)
-    return sum(restore(module, name) for module in model.modules() for name in (_CORE, _VALUE_OP))
+    return restore_places(places_in(model, _CORE, _VALUE_OP))
 
 
 def _check_module(model: Any) -> None:

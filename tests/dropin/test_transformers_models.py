@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -499,8 +500,23 @@ def test_a_forward_that_accelerate_has_wrapped_is_not_lost() -> None:
     model = build("rt_detr")
     wrapper = wrappers(model)[0]
     wrapper.forward = wrapper.forward
-    with pytest.raises(UnknownSurface, match="has a forward of its own"):
+    with pytest.raises(UnknownSurface, match=r"has a forward of its own.*device_map=.*call register\(\) before from_pretrained"):
         dropin.patch(model)
+
+
+def test_unpatching_restores_all_or_nothing() -> None:
+    model = build("rt_detr")
+    places = dropin.patch(model).places
+    second = wrappers(model)[1]
+    ours = second.forward
+    second.forward = lambda *args: ours(*args)
+    name = re.escape(places[1])
+    assert name.startswith(r"model\.decoder\.layers\.1\.encoder_attn\.")
+    with pytest.raises(RuntimeError, match=f"^{name} has been replaced again since ssod_fast patched it"):
+        dropin.unpatch(model)
+    assert _patch.is_replaced(wrappers(model)[0], "forward")
+    second.forward = ours
+    assert dropin.unpatch(model) == 2
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "6.0.0"])

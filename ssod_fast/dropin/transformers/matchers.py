@@ -15,7 +15,7 @@ from torch import Tensor
 from ...criterion import HungarianMatcher
 from ...ops.matching_cost import ClassMode
 from ...ops.packed_targets import pack_targets
-from .._patch import Patched, Plan, check_parameters, is_replaced, original, require, restore
+from .._patch import Patched, Place, Plan, check_parameters, original, require, restore_places
 from .grounded import match_grounded, phrase_tokens
 from .models import check_version
 
@@ -184,9 +184,10 @@ def unpatch_matchers() -> int:
 
     Raises:
         ImportError: if transformers is missing, or a version that is not known.
+        RuntimeError: if a matcher has been replaced again by somebody else; nothing is put back then.
     """
     check_version()
-    return sum(restore(module, surface.name) for module, surface in _modules() if is_replaced(module, surface.name))
+    return restore_places([Place(module, surface.name, f"{module.__name__}.{surface.name}") for module, surface in _modules()])
 
 
 def _modules() -> Iterator[tuple[ModuleType, _Surface]]:

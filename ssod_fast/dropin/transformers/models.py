@@ -10,7 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from .._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, optional, original, require, restore
+from .._patch import (
+    Patched,
+    Place,
+    Plan,
+    UnknownSurface,
+    check_parameters,
+    is_replaced,
+    optional,
+    original,
+    places_in,
+    require,
+    restore_places,
+)
 from .attention import SUFFIX, WRAPPERS, AttentionCore, Mode, Wrapper, attention, attention_v2, returns_weights_untold
 
 CORE = "MultiScaleDeformableAttention"
@@ -79,11 +91,12 @@ def unpatch(model: nn.Module) -> int:
         How many places were restored, 0 if the model was not patched.
 
     Raises:
+        RuntimeError: if a place has been replaced again by somebody else, as by hooks of accelerate; nothing is put back then.
         TypeError: if `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return sum(restore(module, name) for module in list(model.modules()) for name in _PATCHED_NAMES)
+    return restore_places(places_in(model, *_PATCHED_NAMES))
 
 
 def _plan_module(plan: Plan, module: nn.Module, label: str, mode: Mode) -> None:
@@ -116,7 +129,10 @@ def _plan_core(plan: Plan, module: nn.Module, label: str, mode: Mode) -> None:
 
 def _plan_wrapper(plan: Plan, module: nn.Module, wrapper: Wrapper, label: str, mode: Mode) -> None:
     if "forward" in vars(module):
-        raise UnknownSurface(f"{label} has a forward of its own, as hooks of accelerate set it: patch before that; nothing was patched")
+        raise UnknownSurface(
+            f"{label} has a forward of its own, as hooks of accelerate set it: patch before that, or, where "
+            "from_pretrained(device_map=...) sets it, call register() before from_pretrained; nothing was patched"
+        )
     check_parameters(type(module).forward, label, *[("self", *names) for names in wrapper.parameters])
     missing = [member for member in wrapper.members if not hasattr(module, member)]
     if missing:
@@ -166,10 +182,12 @@ def unregister() -> int:
 
     Raises:
         ImportError: if transformers is missing, or a version that is not known.
+        RuntimeError: if a function has been replaced again by somebody else; nothing is put back then.
     """
     check_version()
     registry = require("transformers.monkey_patching", "transformers>=5.17,<6")
-    return sum(restore(module, name) for module, name, _ in _functions()) + _forget(registry)
+    places = [Place(module, name, f"{module.__name__}.{name}") for module, name, _ in _functions()]
+    return restore_places(places) + _forget(registry)
 
 
 def _forget(registry: ModuleType) -> bool:
