@@ -13,6 +13,7 @@ A kernel may rely on this:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 Shapes = Tensor | Sequence[Sequence[int]]
-_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 
 
 class LevelInput(NamedTuple):
@@ -41,19 +42,25 @@ def check_value(value: Any) -> None:
 
 
 def check_levels(value: Tensor, spatial_shapes: Any, level_start_index: Any) -> LevelInput:
-    """Checks sizes that are on the host against the tokens of value; the values of device tensors are never read."""
+    """Checks sizes that are on the host, in a tensor or not, against the tokens of value; the values of device tensors are never read."""
+    sizes: list[int] | None
     if isinstance(spatial_shapes, Tensor):
         shapes, hw, number = _table("spatial_shapes", spatial_shapes, value), None, spatial_shapes.shape[0] if spatial_shapes.dim() else 0
         if shapes.dim() != 2 or shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be [L, 2], got {list(shapes.shape)}")
+        known = _known(shapes)
+        sizes = None if known is None else _host_sizes(known, value)
     else:
         shapes, hw = None, _host_sizes(spatial_shapes, value)
-        number = len(hw) // 2
+        sizes, number = hw, len(hw) // 2
     if level_start_index is None:
         return LevelInput(shapes, None, hw, number)
     start = _table("level_start_index", level_start_index, value)
     if start.dim() != 1 or start.shape[0] != number:
         raise ValueError(f"level_start_index must be [{number}], one number per level, got {list(start.shape)}")
+    first = _known(start)
+    if sizes is not None and first is not None:
+        _check_starts(first, sizes, value.shape[1])
     return LevelInput(shapes, start, hw, number)
 
 
@@ -71,6 +78,8 @@ def check_samples(
     if given != (*shape, 2):
         raise ValueError(f"{positions_name} must be {[*shape, 2]} to fit {weights_name}, got {list(positions.shape)}")
     _check_points(samples, levels, num_points, weights_name)
+    if num_points is not None and (positions.dim() == 6 or weights.dim() == 5):
+        _check_equal_points(samples // max(levels, 1), levels, num_points)
     _check_device(positions_name, positions, value)
     _check_device(weights_name, weights, value)
 
@@ -95,7 +104,10 @@ def check_offset_scale(scale: Any) -> float:
     """`scale` as a float; a tensor is refused, since reading it would wait for its device."""
     if not isinstance(scale, Real | torch.SymFloat):
         raise TypeError(f"offset_scale must be a number, got {type(scale).__name__}")
-    return float(scale)
+    number = float(scale)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"offset_scale must be finite, got {scale}")
+    return number
 
 
 def check_grad_output(grad: Any, value: Tensor, queries: int) -> None:
@@ -143,7 +155,7 @@ def shaped_like(grad: Tensor, tensor: Tensor) -> Tensor:
 def _check_float(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
 
 
@@ -182,6 +194,23 @@ def _host_sizes(spatial_shapes: Any, value: Tensor) -> list[int]:
     return hw
 
 
+def _known(table: Tensor) -> Any:
+    """Numbers of a table that lies in host memory; None where reading it would wait for a device, or under a trace or a transform."""
+    if not table.is_cpu or type(table) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
+    return table.numpy().tolist()  # numpy() reads host memory or raises an error: it waits for no device
+
+
+def _check_starts(starts: Sequence[int], sizes: Sequence[int], tokens: int) -> None:
+    """Checks first tokens of levels of the sizes [H0, W0, H1, ...]."""
+    for start, height, width in zip(starts, sizes[::2], sizes[1::2], strict=True):
+        if start < 0 or start + height * width > tokens:
+            level = f"a level of {height} x {width}, got first tokens {list(starts)}"
+            raise ValueError(f"level_start_index must leave room in the {tokens} tokens of value for {level}")
+
+
 def _flat_shape(name: str, tensor: Any, dims: int, levels: int) -> tuple[int, ...]:
     """Shape of [B, Q, M, L, P, ...] as [B, Q, M, K, ...], which has `dims` dimensions."""
     _check_float(name, tensor)
@@ -201,13 +230,19 @@ def _check_points(samples: int, levels: int, num_points: Sequence[int] | None, n
     if num_points is None:
         if (samples % levels if levels else samples) != 0:
             raise ValueError(f"num_points must be given where {levels} levels do not share the {samples} samples of {name} equally")
-    elif not _are_integers(num_points):
+    elif not are_integers(num_points):
         raise TypeError(f"num_points must be a sequence of integers, got {num_points!r}")
     elif len(num_points) != levels or sum(num_points) != samples or min(num_points, default=0) < 0:
         raise ValueError(f"num_points must be {levels} numbers >= 0 that sum to the {samples} samples of {name}, got {list(num_points)}")
 
 
-def _are_integers(numbers: Any) -> bool:
+def _check_equal_points(points: int, levels: int, num_points: Sequence[int]) -> None:
+    """Checks numbers given next to a dimension P of samples, which says the same of every level."""
+    if any(number != points for number in num_points):
+        raise ValueError(f"num_points must be {[points] * levels} for samples [B, Q, M, L, P, ...] of P {points}, got {list(num_points)}")
+
+
+def are_integers(numbers: Any) -> bool:
     """Whether these are several Python or numpy integers, on the host."""
     try:
         return all(type(number) is int or isinstance(number, Integral | torch.SymInt) for number in numbers)

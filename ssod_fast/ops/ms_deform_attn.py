@@ -34,15 +34,16 @@ def ms_deform_attn(
 
     Positions, weights and sums are float32 whatever the dtype of `value` (float64 for float64), rounded once at the end. A bilinear sample
     one pixel or more outside of its level, or at a NaN, contributes exactly 0 and gets no gradient. Sizes that are on the device are not
-    read by the host: where they do not fit `value`, samples that would lie outside of it contribute 0.
+    read by the host: where they do not fit `value`, samples that would lie outside of it contribute 0. Can be differentiated once: a second
+    derivative raises a RuntimeError.
 
     Args:
         value: [B, S, M, C], float32, float16, bfloat16 or float64: S tokens, level by level, row by row; M heads of C channels.
-        spatial_shapes: (height, width) of the L levels as Python ints, or int64 [L, 2] on the device of `value`.
+        spatial_shapes: (height, width) of the L levels as Python ints, or int64 or int32 [L, 2] on the device of `value`.
         sampling_locations: [B, Q, M, L, P, 2] or [B, Q, M, K, 2], any float dtype; (x, y), where 0 and 1 are the outer edges of the level.
         attention_weights: [B, Q, M, L, P] or [B, Q, M, K], any float dtype; used as they are.
-        level_start_index: int64 [L], first token of each level; by default levels follow each other.
-        num_points: samples of each level, L ints that sum to K; by default K / L each.
+        level_start_index: int64 or int32 [L], first token of each level; by default levels follow each other.
+        num_points: samples of each level, L ints >= 0 that sum to K, each P where there is a dimension P; by default K / L each.
         method: "bilinear", or "discrete" (RT-DETRv2, arXiv 2407.17140): the pixel at x · width + 0.5 and y · height + 0.5, truncated and
             clamped to the level; locations get gradient 0.
         deterministic: whether the backward sums in a fixed order; by default as `torch.use_deterministic_algorithms` says then.
@@ -51,7 +52,7 @@ def ms_deform_attn(
         [B, Q, M * C], dtype of `value`, contiguous.
 
     Raises:
-        ValueError: for shapes, sizes or devices that do not fit together, and for an unknown method.
+        ValueError: for shapes, devices or sizes in host memory that do not fit together, and for an unknown method.
         TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
     """
     if not isinstance(method, str) or method not in _METHODS:

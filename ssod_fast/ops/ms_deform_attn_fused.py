@@ -64,9 +64,10 @@ def ms_deform_attn_fused(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`ms_deform_attn` of locations around reference points and of softmaxed weights, neither of which is ever stored.
 
-    A reference of two numbers is offset in pixels of the level. One of four, a box, is offset in shares of its size: an offset of 1 moves
-    a sample by offset_scale / (points of the level) times the box side. The softmax runs over all K samples of a head. Keeping reference
-    points in float32 keeps positions exact to a few thousandths of a pixel even where offsets are bfloat16.
+    A reference (x, y) is offset in pixels of the level: position = x + offset / width. A box (cx, cy, w, h) is offset in shares of its
+    size, where its level has P points: position = cx + offset / P * w * offset_scale; in y likewise with the height. The softmax runs over
+    all K samples of a head. Keeping reference points in float32 keeps positions exact to a few thousandths of a pixel even where offsets
+    are bfloat16. Can be differentiated once: a second derivative raises a RuntimeError.
 
     Args:
         value: [B, S, M, C], see :func:`ms_deform_attn`.
@@ -76,7 +77,7 @@ def ms_deform_attn_fused(
         attention_logits: [B, Q, M, L, P] or [B, Q, M, K], any float dtype.
         level_start_index: see :func:`ms_deform_attn`.
         num_points: see :func:`ms_deform_attn`.
-        offset_scale: for references of four numbers.
+        offset_scale: finite number, see above; no matter for references of two numbers.
         deterministic: see :func:`ms_deform_attn`.
         return_lse: also return the log-sum-exp of the logits, without gradient: the attention weights are exp(logits - lse).
 
@@ -84,7 +85,7 @@ def ms_deform_attn_fused(
         [B, Q, M * C], dtype of `value`, contiguous; with `return_lse` also [B, Q, M], float32 (float64 for a float64 value).
 
     Raises:
-        ValueError: for shapes, sizes or devices that do not fit together.
+        ValueError: for shapes, devices or sizes in host memory that do not fit together, and for an `offset_scale` that is not finite.
         TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
     """
     _ms_deform_checks.check_deterministic(deterministic)

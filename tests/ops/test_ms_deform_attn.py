@@ -322,19 +322,24 @@ def test_nan_propagates_only_from_what_is_touched(method: str, device: str) -> N
     ids=str,
 )
 def test_sizes_on_the_device_that_do_not_fit(table: list[tuple[int, int]], method: str, device: str) -> None:
-    """Nothing is read or written outside of value: the result is finite, and the rows beyond the view keep their gradient of 0."""
+    """Nothing is read or written outside of value: the result is finite, and so is every gradient.
+
+    Calls the ops, since the public functions refuse such sizes in host memory, where looking at them waits for nobody.
+    """
     case = random_case(device=device, shapes=SHAPES)
     room = torch.full((2, 300, 3, 4), math.nan, device=device)
     room[:, 100:151] = case.value
-    value = room[:, 100:151].requires_grad_()
-    out = ms_deform_attn(value, torch.tensor(table, device=device), case.locations, case.weights, method=method)
-    assert out.isfinite().all()
-    (grad,) = torch.autograd.grad(out.sum(), value)
-    assert grad.isfinite().all()
+    value = room[:, 100:151]
     start = torch.tensor([-40, 10**9, 50], device=device)
-    out = ms_deform_attn(value, torch.tensor(SHAPES, device=device), case.locations, case.weights, level_start_index=start, method=method)
-    assert out.isfinite().all()
-    assert torch.autograd.grad(out.sum(), value)[0].isfinite().all()
+    for shapes, first in ((table, None), (SHAPES, start)):
+        levels = torch.tensor(shapes, device=device), first
+        inputs = (value, *levels, case.locations, case.weights, None, None, ["bilinear", "discrete"].index(method))
+        out = OPS.ms_deform_attn(*inputs)
+        assert out.isfinite().all()
+        assert all(grad.isfinite().all() for grad in OPS.ms_deform_attn_backward(torch.ones_like(out), *inputs, False))
+        if device == "cuda":
+            public = ms_deform_attn(value, levels[0], case.locations, case.weights, level_start_index=first, method=method)
+            assert torch.equal(public, out)
 
 
 @pytest.mark.parametrize("device", DEVICES)

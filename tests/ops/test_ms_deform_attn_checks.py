@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ssod_fast.ops import _ms_deform_checks, ms_deform_attn, ms_deform_attn_fused
+from ssod_fast.ops.ms_deform_attn import ms_deform_attn_gradients
 
 SHAPES = [(2, 3), (1, 2)]  # 8 tokens
 
@@ -63,6 +65,20 @@ SHARED = [
     ({"level_start_index": torch.zeros(3).long()}, ValueError, r"level_start_index must be \[2\], one number per level, got \[3\]"),
     ({"level_start_index": torch.zeros(2, 1).long()}, ValueError, r"level_start_index must be \[2\]"),
     ({"level_start_index": torch.zeros(2, device="meta").long()}, ValueError, "level_start_index must be on the device of value"),
+    (
+        {"spatial_shapes": torch.tensor([(2, 3), (1, 3)])},
+        ValueError,
+        r"spatial_shapes must cover the 8 tokens of value, got \[\[2, 3\], \[1, 3\]\], which have 9",
+    ),
+    ({"spatial_shapes": torch.tensor([(2, 3), (1, 1)]).int()}, ValueError, r"spatial_shapes must cover the 8 tokens .* which have 7"),
+    ({"spatial_shapes": torch.tensor([(-2, -3), (1, 2)])}, ValueError, r"spatial_shapes must hold integers >= 0, got \[\[-2, -3\]"),
+    (
+        {"level_start_index": torch.tensor([0, 7])},
+        ValueError,
+        r"level_start_index must leave room in the 8 tokens of value for a level of 1 x 2, got first tokens \[0, 7\]",
+    ),
+    ({"level_start_index": torch.tensor([-1, 6]), "spatial_shapes": torch.tensor(SHAPES)}, ValueError, r"level_start_index .* \[-1, 6\]"),
+    ({"level_start_index": torch.tensor([0, 10**9]).int()}, ValueError, r"level_start_index .* \[0, 1000000000\]"),
     ({"num_points": [4]}, ValueError, r"num_points must be 2 numbers >= 0 that sum to the 4 samples of attention_\w+, got \[4\]"),
     ({"num_points": [1, 2]}, ValueError, "num_points must be 2 numbers >= 0 that sum to the 4 samples"),
     ({"num_points": [5, -1]}, ValueError, r"num_points must be 2 numbers >= 0 .* got \[5, -1\]"),
@@ -145,6 +161,52 @@ def test_offset_scale(scale: Any, kind: str) -> None:
     with pytest.raises(TypeError, match=f"offset_scale must be a number, got {kind}"):
         fused(offset_scale=scale)
     assert torch.equal(fused(offset_scale=np.float32(0.5)), fused())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_offset_scale_is_finite(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"offset_scale must be finite, got {scale}"):
+        fused(offset_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("function", "positions", "weights"),
+    [(plain, "sampling_locations", "attention_weights"), (fused, "sampling_offsets", "attention_logits")],
+    ids=["plain", "fused"],
+)
+def test_num_points_next_to_a_dimension_of_points(function: Any, positions: str, weights: str) -> None:
+    whole, split = torch.rand(2, 5, 3, 4, 2), torch.rand(2, 5, 3, 2, 2, 2)
+    shares, split_shares = torch.rand(2, 5, 3, 4), torch.rand(2, 5, 3, 2, 2)
+    for arguments in ({positions: split, weights: shares}, {positions: whole, weights: split_shares}):
+        message = r"num_points must be \[2, 2\] for samples \[B, Q, M, L, P, ...\] of P 2, got \[1, 3\]"
+        with pytest.raises(ValueError, match=message):
+            function(**arguments, num_points=[1, 3])
+        assert torch.equal(function(**arguments, num_points=(2, 2)), function(**arguments))
+    function(**{positions: whole, weights: shares}, num_points=[1, 3])
+
+
+def test_gradients_refuse_the_same() -> None:
+    tensors = torch.zeros(2, 5, 12), torch.zeros(2, 8, 3, 4), torch.tensor([(2, 3), (1, 3)])
+    with pytest.raises(ValueError, match="spatial_shapes must cover the 8 tokens of value"):
+        ms_deform_attn_gradients(*tensors, torch.zeros(2, 5, 3, 4, 2), torch.zeros(2, 5, 3, 4))
+
+
+def test_a_level_without_tokens_may_start_at_the_end() -> None:
+    shapes, start = torch.tensor([(2, 4), (0, 3)]), torch.tensor([0, 8])
+    assert torch.equal(plain(spatial_shapes=shapes, level_start_index=start), plain(spatial_shapes=[(2, 4), (0, 3)]))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_tables_are_not_read_in_a_trace(mode: str) -> None:
+    def attend(table: Tensor) -> Tensor:
+        return plain(spatial_shapes=table, sampling_locations=samples, value=value, attention_weights=torch.ones(2, 5, 3, 4))
+
+    value, samples = torch.rand(2, 8, 3, 4), torch.rand(2, 5, 3, 4, 2)
+    table = torch.tensor(SHAPES)
+    expected = attend(table)
+    assert torch.equal(torch.func.functionalize(attend)(table), expected)
+    graph = make_fx(attend, tracing_mode=mode, _allow_non_fake_inputs=True)(table)
+    assert torch.equal(graph(table), expected)
 
 
 def test_integers_of_other_kinds_are_sizes() -> None:
