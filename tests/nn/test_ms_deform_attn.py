@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deform_cases import DEVICES
@@ -206,9 +207,9 @@ def test_compile(device: str) -> None:
         ((0, 1), "embed_dim must be at least 1, got 0"),
         ((24, 0), "num_heads must be at least 1, got 0"),
         ((24, 3, 0), "num_levels must be at least 1, got 0"),
-        ((24, 3, 3, (2, 2)), r"num_points must be a positive number or 3 numbers, one per level, got \[2, 2\]"),
-        ((24, 3, 2, (3, -1)), r"num_points must be a positive number or 2 numbers, one per level, got \[3, -1\]"),
-        ((24, 3, 2, 0), r"num_points must be a positive number .* got \[0, 0\]"),
+        ((24, 3, 3, (2, 2)), r"num_points must be one number or 3, one per level, >= 0 and not all 0, got \[2, 2\]"),
+        ((24, 3, 2, (3, -1)), r"num_points must be one number or 2, one per level, .* got \[3, -1\]"),
+        ((24, 3, 2, 0), r"num_points must be one number .* not all 0, got \[0, 0\]"),
     ],
 )
 def test_bad_sizes(sizes: tuple[Any, ...], message: str) -> None:
@@ -221,13 +222,72 @@ def test_bad_sizes(sizes: tuple[Any, ...], message: str) -> None:
     [
         ({"embed_dim": 32.0}, r"embed_dim must be an integer, got 32\.0"),
         ({"num_levels": "4"}, "num_levels must be an integer, got '4'"),
-        ({"num_points": 2.5}, r"num_points must be an integer or a sequence of integers, got \[2\.5, "),
+        ({"num_heads": None}, "num_heads must be an integer, got None"),
+        ({"num_points": 2.5}, r"num_points must be an integer or a sequence of integers, got 2\.5"),
+        ({"num_points": torch.tensor([4, 4, 4, 4])}, r"num_points must be .* got tensor\(\[4, 4, 4, 4\]\)"),
+        ({"offset_scale": "x"}, "offset_scale must be a number, got str"),
         ({"num_points": [1, 2, 1.5, 1]}, r"num_points must be an integer or a sequence of integers, got \[1, 2, 1\.5, 1\]"),
     ],
 )
 def test_sizes_of_other_types(sizes: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         MultiScaleDeformableAttention(**sizes)
+
+
+def test_sizes_that_are_fine() -> None:
+    with pytest.raises(ValueError, match="offset_scale must be finite, got nan"):
+        MultiScaleDeformableAttention(offset_scale=math.nan)
+    assert MultiScaleDeformableAttention(24, 3, 2, np.int64(2)).num_points == [2, 2]
+    module = random_module((3, 0, 1))
+    torch.testing.assert_close(module(*inputs(), SHAPES), straightforward(module, *inputs())[0])
+
+
+@pytest.mark.parametrize("name", ["query", "input_flatten"])
+def test_tokens_of_wrong_types(name: str) -> None:
+    module = random_module()
+    given = dict(zip(("query", "reference_points", "input_flatten"), inputs(), strict=True))
+    wrong = [
+        (given[name].long(), f"{name} must be float32, float16, bfloat16 or float64, got torch.int64"),
+        (given[name].numpy(), f"{name} must be a tensor, got ndarray"),
+        (given[name].tolist(), f"{name} must be a tensor, got list"),
+        (given[name].double(), f"{name} must be torch.float32 as the parameters are, outside of autocast, got torch.float64"),
+        (given[name].bfloat16(), f"{name} must be torch.float32 as the parameters are, .* got torch.bfloat16"),
+    ]
+    for tokens, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            module(**(given | {name: tokens}), spatial_shapes=SHAPES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(**(given | {name: given[name].bfloat16()}), spatial_shapes=SHAPES).isfinite().all()
+
+
+class Casting(torch.nn.Linear):
+    """A projection that takes every dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
+def test_projections_of_other_kinds_choose_their_dtypes() -> None:
+    module = random_module()
+    query, points, tokens = inputs()
+    expected = module(query, points, tokens.bfloat16().float(), SHAPES)
+    casting = Casting(24, 24)
+    casting.load_state_dict(module.value_proj.state_dict())
+    module.value_proj = casting
+    assert torch.equal(module(query, points, tokens.bfloat16(), SHAPES), expected)
+
+
+def test_sequence_first() -> None:
+    """Also of an encoder, whose queries are as many as its tokens, so that only the reference points tell."""
+    module = random_module()
+    query, points, tokens = inputs()
+    message = "query, input_flatten and reference_points must have the images in dimension 0, as many in each, got "
+    first = query.transpose(0, 1), tokens.transpose(0, 1)
+    for given in ((first[0], points, tokens), (query, points, first[1]), (first[0], points, first[1])):
+        with pytest.raises(ValueError, match=message):
+            module(*given, SHAPES)
+    with pytest.raises(ValueError, match=message + r"\[51, 2, 24\], \[51, 2, 24\], \[2, 51, 3, 2\]"):
+        module(first[1], torch.rand(2, TOKENS, 3, 2), first[1], SHAPES)
 
 
 def test_bad_input() -> None:
@@ -243,5 +303,14 @@ def test_bad_input() -> None:
         module(query, points, tokens, SHAPES, padding_mask=torch.zeros(2, 51))
     with pytest.raises(ValueError, match=r"reference_points must be \[2, 6, 3 or 1, 2 or 4\], got \[2, 6, 2, 2\]"):
         module(query, points[:, :, 1:], tokens, SHAPES)
+    with pytest.raises(TypeError, match=r"padding_mask must be a tensor, got list"):
+        module(query, points, tokens, SHAPES, padding_mask=[[False] * 51] * 2)
+    with pytest.raises(TypeError, match=r"reference_points must be a tensor, got list"):
+        module(query, points.tolist(), tokens, SHAPES)
+    for shapes in ([(51, 1)], torch.tensor([(51, 1)])):
+        with pytest.raises(ValueError, match="spatial_shapes must have 3 levels, got 1"):
+            module(query, points, tokens, shapes)
+    with pytest.raises(ValueError, match=r"spatial_shapes must be pairs .* got None"):
+        module(query, points, tokens, None)
     with pytest.raises(ValueError, match="spatial_shapes must cover the 51 tokens of value"):
         module(query, points, tokens, [(5, 7), (3, 4), (2, 3)])
