@@ -20,7 +20,8 @@ from transformers.loss import loss_deformable_detr, loss_for_object_detection, l
 
 from ssod_fast.dropin import transformers as dropin
 from ssod_fast.dropin._patch import UnknownSurface
-from ssod_fast.dropin.transformers.losses import DetrLoss
+from ssod_fast.dropin.transformers.labels import boxes_and_labels
+from ssod_fast.dropin.transformers.losses import DetrLoss, Loss
 
 CLEAN = "dn_num_split" in inspect.getsource(loss_rt_detr.RTDetrForObjectDetectionLoss).partition("auxiliary_loss")[0]
 FAMILIES = [name for name in BUILD if "former" not in name]
@@ -85,6 +86,14 @@ class TestGoldens:
     def test_a_batch_with_an_empty_image(self, name: str) -> None:
         given = LOGITS.repeat(2, 1, 1), BOXES.repeat(2, 1, 1)
         assert as_lists(matched(name, *given, [TARGET, NONE])) == [([1, 2], [1, 0]), ([], [])]
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+    def test_other_integers_and_boxes_without_a_shape(self, name: str, dtype: torch.dtype) -> None:
+        given = LOGITS.repeat(2, 1, 1), BOXES.repeat(2, 1, 1)
+        target = {**TARGET, "class_labels": TARGET["class_labels"].to(dtype)}
+        for empty in (torch.tensor([]), torch.zeros(0, 4, dtype=torch.int64)):
+            none = {"class_labels": torch.tensor([]), "boxes": empty}
+            assert as_lists(matched(name, *given, [target, none])) == [([1, 2], [1, 0]), ([], [])]
 
     def test_more_targets_than_queries(self, name: str) -> None:
         target = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in TARGET.items()}
@@ -320,6 +329,53 @@ def test_weights_under_another_name() -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("name", ["deformable_detr", "rt_detr", "rf_detr", "grounding_dino"])
+def test_losses_of_other_integers_and_boxes_without_a_shape(name: str) -> None:
+    model = build(name).eval()
+    dropin.set_loss(model)
+    entries = labels((3, 0))
+    others = [{**entry, "class_labels": entry["class_labels"].int()} for entry in entries]
+    others[1]["boxes"] = torch.tensor([])
+    given = inputs(name, (3, 0))
+    torch.testing.assert_close(model(**{**given, "labels": others}).loss, model(**{**given, "labels": entries}).loss)
+
+
+SOUND = {"class_labels": torch.tensor([1, 0]), "boxes": torch.rand(2, 4)}
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"class_labels": torch.zeros(2)}, TypeError, r"labels\[1\]\['class_labels'\] must be integers, got torch.float32"),
+    ({"class_labels": torch.tensor([1])}, ValueError, r"labels\[1\]\['class_labels'\] must be \[2\] as the boxes are, got \[1\]"),
+    ({"class_labels": [1, 0]}, TypeError, r"labels\[1\]\['class_labels'\] must be a tensor, got list"),
+    ({"class_labels": None}, ValueError, r"labels\[1\] must have 'class_labels' and 'boxes', got the keys \['boxes', 'class_labels'\]"),
+    ({"boxes": torch.zeros(4)}, ValueError, r"labels\[1\]\['boxes'\] must be \[N, 4\], got \[4\]"),
+    ({"boxes": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, r"labels\[1\]\['boxes'\] must be floating point, got torch.int64"),
+    ({"boxes": "two"}, TypeError, r"labels\[1\]\['boxes'\] must be a tensor, got str"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG)
+def test_wrong_labels_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = [SOUND, {**SOUND, **change}]
+    with pytest.raises(error, match=message):
+        boxes_and_labels(given)
+    with dropin.patch_matchers(), pytest.raises(error, match=message):
+        matched("deformable", LOGITS.repeat(2, 1, 1), BOXES.repeat(2, 1, 1), given)
+    with pytest.raises(TypeError, match=r"labels\[0\] must be a mapping with 'class_labels' and 'boxes', got str"):
+        boxes_and_labels(["boxes"])  # type: ignore[list-item]
+
+
+def test_weights_of_all_images_with_boxes_or_of_none() -> None:
+    weights = {"scores": torch.tensor([0.5, 1])}
+    with pytest.raises(ValueError, match=r"labels\[0\] must have 'scores' as labels\[1\] has, got the keys \['boxes', 'class_labels'\]"):
+        boxes_and_labels([SOUND, {**SOUND, **weights}], "scores")
+    with pytest.raises(ValueError, match=r"labels\[1\]\['scores'\] must be \[2\] as the boxes are, got \[3\]"):
+        boxes_and_labels([{**SOUND, **weights}, {**SOUND, "scores": torch.ones(3)}], "scores")
+    with pytest.raises(TypeError, match=r"labels\[0\]\['scores'\] must be a tensor, got list"):
+        boxes_and_labels([{**SOUND, "scores": [1, 1]}], "scores")
+    found = boxes_and_labels([NONE, {**SOUND, **weights}], "scores")
+    assert ["weights" in entry for entry in found] == [False, True]
+    assert all("weights" not in entry for entry in boxes_and_labels([SOUND, SOUND], "scores"))
+
+
 def test_other_keys_of_labels_are_ignored() -> None:
     model = build("deformable_detr").train()
     given = inputs("deformable_detr")
@@ -342,6 +398,28 @@ def test_a_copied_model_keeps_its_loss() -> None:
     assert dropin.unset_loss(teacher) == 1
 
 
+class Parallel(nn.Module):
+    """As DistributedDataParallel keeps what it wraps."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_wrapped_models() -> None:
+    model = build("rt_detr")
+    for wrapped in (torch.compile(model), Parallel(model), Parallel(torch.compile(model))):
+        with dropin.set_loss(wrapped) as patched:
+            assert patched.places == (f"{type(model).__name__}.loss_function",)
+            assert isinstance(model.loss_function, Loss)
+        assert "_loss_function" not in vars(model)
+        dropin.set_loss(wrapped)
+        assert dropin.unset_loss(wrapped) == 1
+        assert dropin.unset_loss(model) == 0
+    with pytest.raises(TypeError, match="got Linear with loss type None"):
+        dropin.set_loss(Parallel(nn.Linear(2, 2)))
+
+
 def test_attention_and_loss_are_independent() -> None:
     model = build("rt_detr")
     dropin.set_loss(model)
@@ -357,6 +435,8 @@ def test_models_without_a_known_loss_are_refused() -> None:
         dropin.set_loss(build("mask2former"))
     with pytest.raises(TypeError, match="weights_key must be a string, got 3"):
         dropin.set_loss(build("rt_detr"), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weights_key must be another key than 'class_labels' and 'boxes', got 'boxes'"):
+        dropin.set_loss(build("rt_detr"), "boxes")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         dropin.unset_loss("rt_detr")  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ def phrase_tokens(label_maps: Sequence[Tensor], targets: Sequence[Mapping[str, T
     Returns:
         float32 [G, T], 0 or 1.
     """
-    rows = [maps.to(device)[target["class_labels"].to(device)] for maps, target in zip(label_maps, targets, strict=True)]
+    rows = [maps.to(device)[target["class_labels"].to(device, torch.int64)] for maps, target in zip(label_maps, targets, strict=True)]
     return torch.cat(rows).float()
 
 

@@ -25,6 +25,7 @@ _LW_DETR = (*_DETR[:7], "enc_outputs_class", "enc_outputs_coord", "**kwargs")
 _GROUNDING_DINO = (
     *_DETR[:5], "label_maps", "text_mask", "outputs_class", "outputs_coord", "encoder_logits", "encoder_pred_boxes",
 )  # fmt: skip
+_OTHER_KEYS = ("class_labels", "boxes")
 _FAMILIES = {
     "ForObjectDetection": _Family(DetrLoss, _DETR),
     "DeformableDetrForObjectDetection": _Family(DeformableDetrLoss, _DETR),
@@ -44,23 +45,37 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
     """Makes a detector of transformers compute its loss by our matching, with a weight per target box.
 
     Labels are those of transformers; each image may have one more key with the weights of its boxes, for instance the confidence of pseudo
-    labels. Without weights, values and gradients are those of transformers. The loss survives `copy.deepcopy` and is not part of a config.
+    labels. A weight lies in [0, 1] and says how much its box counts: its terms of the loss are multiplied by it, and what is missing to 1
+    its query learns as background. With 0 it is all background, but the box still takes its query, and remains one of the N boxes that
+    losses are divided by. That is not what transformers computes where the box is left out of the labels, which frees the query and
+    lowers N.
+
+    Without weights, all are 1, and values and gradients are those of transformers. Where transformers raises an error since a
+    predicted box is NaN, this goes on: its query gets a target only where no other is left. The loss survives `copy.deepcopy` and is not
+    part of a config.
+
+    A step raises ValueError where the weights of an image are not as many as its boxes, and where some images with boxes have weights and
+    others have none.
 
     Args:
         model: DETR, Conditional DETR, DAB-DETR, Deformable DETR, YOLOS, RT-DETR, RT-DETRv2, D-FINE, LW-DETR, RF-DETR, Grounding DINO or
-            MM Grounding DINO, `...ForObjectDetection`.
-        weights_key: key of the weights, float [N], in the labels of an image.
+            MM Grounding DINO, `...ForObjectDetection`, also as `torch.compile` and DistributedDataParallel wrap it.
+        weights_key: key of the weights, float [N] in [0, 1], in the labels of an image. If no image has it, all weights are 1.
 
     Returns:
         What is replaced now.
 
     Raises:
         TypeError: if `model` is no detector of transformers whose loss is known here, or `weights_key` is no string.
+        ValueError: if `weights_key` is "class_labels" or "boxes".
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
     """
     if not isinstance(weights_key, str):
         raise TypeError(f"weights_key must be a string, got {weights_key!r}")
+    if weights_key in _OTHER_KEYS:
+        raise ValueError(f"weights_key must be another key than {' and '.join(map(repr, _OTHER_KEYS))}, got {weights_key!r}")
     check_version()
+    model = _detector(model)
     kind = getattr(model, "loss_type", None)
     family = _FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
@@ -84,8 +99,19 @@ def unset_loss(model: nn.Module) -> int:
         1, or 0 if the model has its own loss.
 
     Raises:
+        RuntimeError: if the loss has been set again by somebody else; nothing is changed then.
         TypeError: if `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return int(restore(model, "_loss_function"))
+    return int(restore(_detector(model), "_loss_function"))
+
+
+def _detector(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or DistributedDataParallel have wrapped; other models as they are."""
+    while isinstance(model, nn.Module) and not hasattr(type(model), "loss_function"):
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        if inner is None:
+            break
+        model = inner
+    return model

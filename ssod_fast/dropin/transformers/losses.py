@@ -25,10 +25,10 @@ from ...criterion import (
 from ...ops._matches import Matches
 from ...ops.packed_targets import PackedTargets, pack_targets
 from .grounded import match_grounded, matched_grounded_loss, phrase_tokens
+from .labels import Targets, boxes_and_labels
 from .local_loss import Corners, distillation_loss, fine_grained_loss
-from .matchers import boxes_and_labels, whole_groups
+from .matchers import whole_groups
 
-Targets = Sequence[Mapping[str, Tensor]]
 Result = tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]
 
 

@@ -5,7 +5,7 @@ The losses build their matcher anew in every call and look its class up in their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,24 +17,10 @@ from ...ops.matching_cost import ClassMode
 from ...ops.packed_targets import pack_targets
 from .._patch import Patched, Place, Plan, check_parameters, original, require, restore_places
 from .grounded import match_grounded, phrase_tokens
+from .labels import Targets, boxes_and_labels
 from .models import check_version
 
 Pairs = list[tuple[Tensor, Tensor]]
-Targets = Sequence[Mapping[str, Tensor]]
-
-
-def boxes_and_labels(targets: Targets, weights_key: str | None = None) -> list[dict[str, Tensor]]:
-    """Targets without what only other parts of transformers read.
-
-    Args:
-        targets: one mapping per image.
-        weights_key: key of per-box weights, kept as "weights" where it is present.
-
-    Returns:
-        Mappings as :func:`~ssod_fast.ops.pack_targets` takes them.
-    """
-    keys = {"class_labels": "class_labels", "boxes": "boxes"} | ({weights_key: "weights"} if weights_key else {})
-    return [{new: target[key] for key, new in keys.items() if key in target} for target in targets]
 
 
 class _Matcher:
