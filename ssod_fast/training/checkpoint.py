@@ -71,7 +71,8 @@ def load_last(path: Path) -> tuple[dict[str, Any], str | None]:
         try:
             state: dict[str, Any] = torch.load(candidate, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            note = f"{candidate} is damaged ({str(error).splitlines()[0][:100]})"
+            reason = (str(error).splitlines() or ["it ends too early"])[0]  # an EOFError has no text
+            note = f"{candidate} is damaged ({reason[:100]})"
             continue
         if state.get("format") != FORMAT:
             raise ValueError(f"{candidate} has checkpoint format {state.get('format')}, this version reads {FORMAT}")

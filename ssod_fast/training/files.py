@@ -43,6 +43,9 @@ def _umask() -> int:
 def _second_name(path: Path, other: Path) -> None:
     """Makes `other` a second name of the file, so that `path` exists at every moment."""
     temporary = other.with_name(f".{other.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a killed process, it may be a name of a file that must not be written
+    if other.exists() and other.samefile(path):
+        return  # killed between the two renames; renaming one name of a file to another would do nothing and leave both
     try:
         os.link(path, temporary)
     except OSError:  # no hard links on this file system

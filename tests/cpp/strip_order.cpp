@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <vector>
 
 namespace {
@@ -11,16 +12,26 @@ namespace {
 std::vector<int64_t> level(int64_t height, int64_t width) {
   std::vector<int64_t> order;
   for (int64_t position = 0; position < height * width; ++position) {
-    order.push_back(ssod::strip_token(position, height, width));
+    order.push_back(
+        ssod::strip_token(static_cast<int32_t>(position), static_cast<int32_t>(height), static_cast<int32_t>(width)));
   }
   return order;
 }
 
-template <typename I>
-std::vector<I> pyramid(const std::vector<int64_t>& sizes, I tokens) {
-  std::vector<I> order;
-  for (I position = 0; position < tokens; ++position) {
-    order.push_back(ssod::strip_query<I>(position, sizes.data(), static_cast<int>(sizes.size() / 2), tokens));
+struct Level {
+  int64_t height, width;
+};
+
+std::vector<int64_t> pyramid(const std::vector<std::array<int64_t, 2>>& sizes) {
+  std::vector<Level> levels;
+  int64_t tokens = 0;
+  for (const auto& [height, width] : sizes) {
+    levels.push_back({height, width});
+    tokens += height * width;
+  }
+  std::vector<int64_t> order;
+  for (int64_t position = 0; position < tokens; ++position) {
+    order.push_back(ssod::pyramid_token(static_cast<int32_t>(position), levels.data()));
   }
   return order;
 }
@@ -29,6 +40,5 @@ std::vector<I> pyramid(const std::vector<int64_t>& sizes, I tokens) {
 
 PYBIND11_MODULE(strip_order, m) {
   m.def("level", &level);
-  m.def("pyramid", &pyramid<int64_t>);
-  m.def("pyramid_int32", &pyramid<int32_t>);
+  m.def("pyramid", &pyramid);
 }

@@ -30,20 +30,8 @@ def test_a_patch_is_compact(order: ModuleType) -> None:
 
 @hypothesis.given(sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=4))
 def test_levels_follow_each_other(order: ModuleType, sizes: list[tuple[int, int]]) -> None:
-    flat = [n for size in sizes for n in size]
     expected: list[int] = []
     for height, width in sizes:
         assert sorted(order.level(height, width)) == list(range(height * width))
         expected += [len(expected) + token for token in order.level(height, width)]
-    assert order.pyramid(flat, len(expected)) == expected
-    assert order.pyramid_int32(flat, len(expected)) == expected
-
-
-@hypothesis.given(
-    sizes=st.lists(st.tuples(*[st.one_of(st.integers(-3, 12), st.sampled_from([2**31, 2**40, 2**62, -(2**62)]))] * 2), max_size=4),
-    tokens=st.integers(0, 300),
-)
-def test_any_sizes_give_every_token_once(order: ModuleType, sizes: list[tuple[int, int]], tokens: int) -> None:
-    flat = [n for size in sizes for n in size]
-    assert sorted(order.pyramid(flat, tokens)) == list(range(tokens))
-    assert sorted(order.pyramid_int32(flat, tokens)) == list(range(tokens))
+    assert order.pyramid(sizes) == expected

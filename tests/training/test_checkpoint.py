@@ -66,6 +66,32 @@ def test_damaged_file_falls_back_to_the_previous_one(tmp_path: Path) -> None:
     assert load_last(path)[0]["it"] == 1
 
 
+def test_empty_file_falls_back_to_the_previous_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_last(path, {"it": 1})
+    save_last(path, {"it": 2})
+    path.write_bytes(b"")
+    state, note = load_last(path)
+    assert state["it"] == 1
+    assert note is not None
+    assert "it ends too early" in note
+
+
+def test_saves_after_a_kill_between_the_renames_write_into_no_kept_file(tmp_path: Path) -> None:
+    """The newest file then has two names, and a third, temporary one must not become what a later save writes into."""
+    path = tmp_path / "last.pt"
+    save_last(path, {"it": 1})
+    os.link(path, previous(path))  # what a kill after the first rename leaves
+    os.link(path, previous(path).with_name(f".{previous(path).name}.tmp"))  # and one before it
+    for it in (2, 3, 4):
+        kept = path.stat().st_ino
+        save_last(path, {"it": it})
+        assert load_last(path)[0]["it"] == it
+        assert load_last(previous(path))[0]["it"] == it - 1
+        assert previous(path).stat().st_ino == kept  # a name, not a copy
+        assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_other_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="has checkpoint format 99, this version reads 1"):
