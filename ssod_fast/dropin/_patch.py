@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -28,6 +28,14 @@ class UnknownSurface(ImportError):
 
 class Absent:
     """Stands for an attribute that its owner did not have itself."""
+
+
+class Replaced(NamedTuple):
+    """What is remembered of a replacement."""
+
+    old: Any
+    new: Any
+    options: Mapping[str, Any]  # that it was made with
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,16 @@ class Patched:
 
 
 class Plan:
-    """Collects replacements and makes them at once, so that a check that fails halfway leaves everything as it was."""
+    """Collects replacements and makes them at once, so that a check that fails halfway leaves everything as it was.
 
-    def __init__(self) -> None:
+    Args:
+        undo: how people call what takes the replacements back, for messages.
+        options: of the call, by which replacements differ.
+    """
+
+    def __init__(self, undo: str = "unpatch", **options: Any) -> None:
+        self._undo = undo
+        self._options = options
         self._steps: list[tuple[Place, Any]] = []
 
     def add(self, owner: Any, name: str, new: Any, label: str | None = None) -> None:
@@ -101,11 +116,24 @@ class Plan:
 
         Raises:
             NothingPatched: if no replacement is planned.
+            ValueError: if an earlier call has made one with other options; nothing is replaced then.
         """
         if not self._steps:
             raise NothingPatched(nothing)
-        new = [place for place, value in self._steps if replace(place.owner, place.name, value)]
+        for place, _ in self._steps:
+            self._check_options(place)
+        new = [place for place, value in self._steps if replace(place.owner, place.name, value, self._options)]
         return Patched(tuple(place.label for place, _ in self._steps), tuple(new))
+
+    def _check_options(self, place: Place) -> None:
+        """Refuses options that an earlier replacement, which stays, does not have."""
+        if not is_replaced(place.owner, place.name):
+            return
+        earlier = vars(place.owner)[_RECORD][place.name].options
+        for name, value in self._options.items():
+            if earlier.get(name, value) != value:
+                found = f"{place.label} is patched with {name}={earlier[name]!r}"
+                raise ValueError(f"{found}, which a second call with {name}={value!r} does not change: call {self._undo} first")
 
     def revert(self) -> int:
         """Puts back the original wherever a planned replacement was made, by whatever call.
@@ -119,13 +147,14 @@ class Plan:
         return restore_places([place for place, _ in self._steps])
 
 
-def replace(owner: Any, name: str, new: Any) -> bool:
+def replace(owner: Any, name: str, new: Any, options: Mapping[str, Any] | None = None) -> bool:
     """Sets an attribute and remembers what it was.
 
     Args:
         owner: a module, class or object.
         name: of the attribute.
         new: its value.
+        options: to remember with it.
 
     Returns:
         False if it is replaced already: then nothing changes.
@@ -133,7 +162,7 @@ def replace(owner: Any, name: str, new: Any) -> bool:
     record = vars(owner).get(_RECORD, {})
     if name in record:
         return False
-    setattr(owner, _RECORD, {**record, name: (_own(owner, name), new)})
+    setattr(owner, _RECORD, {**record, name: Replaced(_own(owner, name), new, options or {})})
     setattr(owner, name, new)
     return True
 
@@ -155,7 +184,7 @@ def restore(owner: Any, name: str) -> bool:
     if name not in record:
         return False
     _check_unchanged(Place(owner, name, f"{label_of(owner)}.{name}"))
-    old, _ = record[name]
+    old = record[name].old
     if old is Absent:
         delattr(owner, name)
     else:
@@ -202,8 +231,7 @@ def places_in(model: nn.Module, *names: str) -> list[Place]:
 
 def _check_unchanged(place: Place) -> None:
     """Refuses to put back where somebody else's change would be lost."""
-    _, new = vars(place.owner)[_RECORD][place.name]
-    if _own(place.owner, place.name) is not new:
+    if _own(place.owner, place.name) is not vars(place.owner)[_RECORD][place.name].new:
         raise RuntimeError(f"{place.label} has been replaced again since ssod_fast patched it: undo that first")
 
 
@@ -215,7 +243,7 @@ def is_replaced(owner: Any, name: str) -> bool:
 def original(owner: Any, name: str) -> Any:
     """The attribute as it was on `owner` before :func:`replace`, :class:`Absent` if it was inherited; as it is where it is not replaced."""
     record = vars(owner).get(_RECORD, {})
-    return record[name][0] if name in record else getattr(owner, name)
+    return record[name].old if name in record else getattr(owner, name)
 
 
 def _own(owner: Any, name: str) -> Any:
@@ -297,3 +325,18 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     """
     marks: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return [marks.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values()]
+
+
+def check_switch(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuses what is no switch.
+
+    Args:
+        name: of the argument.
+        value: of it.
+        optional: whether None is one of its values.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not (isinstance(value, bool) or (optional and value is None)):
+        raise TypeError(f"{name} must be True or False{' or None' if optional else ''}, got {value!r}")

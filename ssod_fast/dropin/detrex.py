@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ._attention import holders, plan_module, require_attribute
-from ._patch import Patched, Plan, UnknownSurface, is_replaced, original, require
+from ._patch import Patched, Plan, UnknownSurface, check_switch, is_replaced, original, require
 from .shims import install_as, plan_extension
 
 _MODULE = "detrex.layers.multi_scale_deform_attn"
@@ -33,7 +33,10 @@ def patch(*, deterministic: bool | None = None) -> Patched:
     Raises:
         ImportError: without detrex.
         UnknownSurface: for a version that looks otherwise; nothing is replaced then.
+        ValueError: if it is patched with other options; nothing is replaced then.
+        TypeError: if `deterministic` is neither a bool nor None.
     """
+    check_switch("deterministic", deterministic, optional=True)
     return _plan(deterministic).apply(f"{_MODULE} has nothing to replace")
 
 
@@ -50,7 +53,7 @@ def unpatch() -> int:
 
 
 def _plan(deterministic: bool | None) -> Plan:
-    plan = Plan()
+    plan = Plan(deterministic=deterministic)
     module = require(_MODULE, "detrex", " from its repository")
     plan_module(plan, module, deterministic)
     plan_extension(plan, _EXTENSION, deterministic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._attention import plan_module
-from ._patch import Patched, Plan, require
+from ._patch import Patched, Plan, check_switch, require
 
 _MODULE = "groundingdino.models.GroundingDINO.ms_deform_attn"
 
@@ -23,7 +23,10 @@ def patch(*, deterministic: bool | None = None) -> Patched:
     Raises:
         ImportError: without groundingdino.
         UnknownSurface: for a version that looks otherwise; nothing is replaced then.
+        ValueError: if it is patched with other options; nothing is replaced then.
+        TypeError: if `deterministic` is neither a bool nor None.
     """
+    check_switch("deterministic", deterministic, optional=True)
     return _plan(deterministic).apply(f"{_MODULE} has nothing to replace")
 
 
@@ -40,7 +43,7 @@ def unpatch() -> int:
 
 
 def _plan(deterministic: bool | None) -> Plan:
-    plan = Plan()
+    plan = Plan(deterministic=deterministic)
     hint = ' from its repository; where only groundingdino._C is missing, call ssod_fast.dropin.install_as("groundingdino._C") first'
     plan_module(plan, require(_MODULE, "groundingdino", hint), deterministic)
     return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._attention import plan_module
-from ._patch import Patched, Plan, require
+from ._patch import Patched, Plan, check_switch, require
 from .shims import plan_extension
 
 _MODULE = "mmcv.ops.multi_scale_deform_attn"
@@ -26,7 +26,10 @@ def patch(*, deterministic: bool | None = None) -> Patched:
     Raises:
         ImportError: without mmcv, or without its extension.
         UnknownSurface: for an mmcv that looks otherwise; nothing is replaced then.
+        ValueError: if it is patched with other options; nothing is replaced then.
+        TypeError: if `deterministic` is neither a bool nor None.
     """
+    check_switch("deterministic", deterministic, optional=True)
     return _plan(deterministic).apply(f"{_MODULE} has nothing to replace")
 
 
@@ -43,7 +46,7 @@ def unpatch() -> int:
 
 
 def _plan(deterministic: bool | None) -> Plan:
-    plan = Plan()
+    plan = Plan(deterministic=deterministic)
     plan_module(plan, require(_MODULE, "mmcv", ', or call ssod_fast.dropin.install_as("mmcv._ext") first'), deterministic)
     plan_extension(plan, _EXTENSION, deterministic)
     return plan

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import ms_deform_attn_fused
 from ._attention import exporting
-from ._patch import Patched, Plan, check_parameters, places_in, restore_places
+from ._patch import Patched, Plan, check_parameters, check_switch, places_in, restore_places
 
 _CLASS = "MSDeformAttn"
 _SIZES = ("d_model", "n_levels", "n_heads", "n_points")
@@ -34,9 +34,11 @@ def patch(model: Any, *, deterministic: bool | None = None) -> Patched:
     Raises:
         NothingPatched: if the model has no such module.
         UnknownSurface: if an MSDeformAttn takes other arguments; nothing is replaced then.
-        TypeError: if there is no module.
+        ValueError: if a module is patched with another `deterministic`; nothing is replaced then.
+        TypeError: if there is no module, or `deterministic` is neither a bool nor None.
     """
-    root, plan = _module_of(model), Plan()
+    check_switch("deterministic", deterministic, optional=True)
+    root, plan = _module_of(model), Plan(deterministic=deterministic)
     for name, module in root.named_modules():
         if type(module).__name__ == _CLASS:
             _check_class(type(module))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import ms_deform_attn
 from ..ops.ms_deform_attn import Method
 from ._attention import CORE, exporting
-from ._patch import Patched, Plan, UnknownSurface, check_parameters, is_replaced, parameters, places_in, restore_places
+from ._patch import Patched, Plan, UnknownSurface, check_parameters, check_switch, is_replaced, parameters, places_in, restore_places
 
 _CORE = "ms_deformable_attn_core"  # holds a function, or a functools.partial of one
 _VALUE_OP = "value_op"
@@ -42,10 +42,13 @@ def patch(model: nn.Module, *, upstream_square_clamp: bool = True, deterministic
     Raises:
         NothingPatched: if the model has no such attention.
         UnknownSurface: if an attention has a function that is not known; nothing is replaced then.
-        TypeError: if `model` is no module.
+        ValueError: if an attention is patched with other options; nothing is replaced then.
+        TypeError: if `model` is no module, or an option is no bool (nor None).
     """
     _check_module(model)
-    plan = Plan()
+    check_switch("upstream_square_clamp", upstream_square_clamp)
+    check_switch("deterministic", deterministic, optional=True)
+    plan = Plan(upstream_square_clamp=upstream_square_clamp, deterministic=deterministic)
     for name, module in _owners(model):
         current = vars(module)[_CORE]
         patched = is_replaced(module, _CORE)

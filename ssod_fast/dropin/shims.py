@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops import ms_deform_attn
 from ..ops.ms_deform_attn import ms_deform_attn_gradients
-from ._patch import Patched, Plan, UnknownSurface, is_replaced, restore
+from ._patch import Patched, Plan, UnknownSurface, check_switch, is_replaced, restore
 
 _NAMES = ("ms_deform_attn_forward", "ms_deform_attn_backward")
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
@@ -39,12 +39,14 @@ def install_as(name: str, *, deterministic: bool | None = None) -> Patched:
         What is replaced; a context manager that puts it back. Code imported in between keeps the shim.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, and where the shim or the replacement is there with another `deterministic`.
+        TypeError: if `deterministic` is neither a bool nor None.
         UnknownSurface: if a module of that name is loaded and has no such functions.
     """
     if name not in _EXTENSIONS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _EXTENSIONS))}, got {name!r}")
-    plan = Plan()
+    check_switch("deterministic", deterministic, optional=True)
+    plan = Plan(".undo() of what the first has returned", deterministic=deterministic)
     plan_extension(plan, name, deterministic)
     return plan.apply(f"{name} needs no shim")
 

@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 from ..ops import box_iou
 from ._attention import exporting, holders, require_attribute
-from ._patch import NothingPatched, Patched, Place, Plan, check_parameters, is_replaced, label_of, original, require, restore_places
+from ._patch import (
+    NothingPatched,
+    Patched,
+    Place,
+    Plan,
+    check_parameters,
+    check_switch,
+    is_replaced,
+    label_of,
+    original,
+    require,
+    restore_places,
+)
 
 _MODULE = "torchvision.ops.boxes"
 _FUNCTION = "box_iou"
@@ -41,9 +53,10 @@ def patch_box_iou(model: nn.Module | None = None, *, deterministic: bool | None 
         ImportError: without torchvision.
         UnknownSurface: for a version that looks otherwise; nothing is replaced then.
         NothingPatched: if the model contains no detector of torchvision; nothing is replaced then.
-        TypeError: if `model` is neither a module nor None.
+        TypeError: if `model` is neither a module nor None, or `deterministic` neither a bool nor None.
     """
     _check_model(model)
+    check_switch("deterministic", deterministic, optional=True)
     if model is not None and not any(_is_detector(part) for part in model.modules()):
         raise NothingPatched(
             f"{type(model).__qualname__} has no part of a detector of torchvision; without a model all box overlaps are replaced"
@@ -62,7 +75,7 @@ def patch_box_iou(model: nn.Module | None = None, *, deterministic: bool | None 
 
 
 def unpatch_box_iou(model: nn.Module | None = None) -> int:
-    """Undoes :func:`patch_box_iou` in torchvision and in a model, whichever calls and models came before.
+    """Undoes :func:`patch_box_iou` in all of torchvision, also where a model is given, and in that model, whatever calls came before.
 
     Args:
         model: a detector it was called with, a copy of one, or one that was built in between. Others keep ours: hand over each.

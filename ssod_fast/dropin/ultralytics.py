@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._attention import plan_core_function
-from ._patch import Patched, Plan, require
+from ._patch import Patched, Plan, check_switch, require
 
 _MODULE = "ultralytics.nn.modules.transformer"
 _FUNCTION = "multi_scale_deformable_attn_pytorch"
@@ -23,7 +23,10 @@ def patch(*, deterministic: bool | None = None) -> Patched:
     Raises:
         ImportError: without ultralytics.
         UnknownSurface: for a version that looks otherwise; nothing is replaced then.
+        ValueError: if it is patched with other options; nothing is replaced then.
+        TypeError: if `deterministic` is neither a bool nor None.
     """
+    check_switch("deterministic", deterministic, optional=True)
     return _plan(deterministic).apply(f"{_MODULE} has nothing to replace")
 
 
@@ -40,6 +43,6 @@ def unpatch() -> int:
 
 
 def _plan(deterministic: bool | None) -> Plan:
-    plan = Plan()
+    plan = Plan(deterministic=deterministic)
     plan_core_function(plan, require(_MODULE, "ultralytics"), _FUNCTION, deterministic)
     return plan

@@ -115,6 +115,33 @@ def test_an_inner_call_does_not_undo_the_outer_one() -> None:
     assert not hasattr(module, "f")
 
 
+def test_other_options_are_refused_and_equal_ones_change_nothing() -> None:
+    module = ModuleType("some_module")
+
+    def plan(name: str, exact: bool | None) -> Plan:
+        made = Plan("undo_it", exact=exact)
+        made.add(module, name, sum)
+        made.add(module, "f", sum)
+        return made
+
+    plan("f", True).apply("nothing")
+    assert plan("f", True).apply("nothing").count == 2
+    with pytest.raises(ValueError, match=r"^some_module\.f is patched with exact=True, .* exact=None .*: call undo_it first$"):
+        plan("g", None).apply("nothing")
+    assert not _patch.is_replaced(module, "g")
+    assert plan("f", None).revert() == 1
+    assert plan("g", None).apply("nothing").count == 2
+
+
+def test_what_is_no_switch_is_refused() -> None:
+    _patch.check_switch("fast", True)
+    _patch.check_switch("fast", None, optional=True)
+    with pytest.raises(TypeError, match="^fast must be True or False, got None$"):
+        _patch.check_switch("fast", None)
+    with pytest.raises(TypeError, match="^fast must be True or False or None, got 1$"):
+        _patch.check_switch("fast", 1, optional=True)
+
+
 def test_an_empty_plan_raises() -> None:
     with pytest.raises(NothingPatched, match="no such layer"):
         Plan().apply("no such layer")

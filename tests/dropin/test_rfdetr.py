@@ -164,7 +164,9 @@ def test_patching_twice_changes_nothing(attention_class: Any) -> None:
     layer = make(attention_class)
     first = rfdetr.patch(layer)
     forward = layer.cross_attn.forward
-    assert rfdetr.patch(layer, deterministic=True).places == first.places
+    assert rfdetr.patch(layer).places == first.places
+    with pytest.raises(ValueError, match=r"cross_attn\.forward is patched with deterministic=None, .*=True does not change"):
+        rfdetr.patch(layer, deterministic=True)
     assert layer.cross_attn.forward is forward
 
 

@@ -140,7 +140,10 @@ def test_patching_twice_changes_nothing() -> None:
     model = make("deim dfine")
     first = rtdetr.patch(model)
     cores = [layer.ms_deformable_attn_core for layer in model.layers]
-    assert rtdetr.patch(model, deterministic=True).places == first.places
+    assert rtdetr.patch(model).places == first.places
+    for options in ({"deterministic": True}, {"upstream_square_clamp": False}):
+        with pytest.raises(ValueError, match=rf"is patched with {next(iter(options))}=.* does not change: call unpatch first"):
+            rtdetr.patch(model, **options)
     assert [layer.ms_deformable_attn_core for layer in model.layers] == cores
     first.undo()
     first.undo()

@@ -76,7 +76,9 @@ def test_installing_twice_changes_nothing_and_undo_restores(name: str) -> None:
     first = install_as(name)
     module = sys.modules[name]
     assert importlib.util.find_spec(name) is module.__spec__
-    second = install_as(name, deterministic=True)
+    second = install_as(name)
+    with pytest.raises(ValueError, match=r"is patched with deterministic=None, .*=True does not change: call \.undo\(\) of what the first"):
+        install_as(name, deterministic=True)
     assert sys.modules[name] is module
     assert second.places == first.places
     second.undo()

@@ -157,6 +157,15 @@ def test_indices_for_a_host_that_reads_them() -> None:
         assert loss_rt_detr.RTDetrHungarianMatcher(RT_DETR)._on_cpu()
 
 
+def test_other_options_of_matchers_are_refused() -> None:
+    with dropin.patch_matchers():
+        with pytest.raises(ValueError, match=r"is patched with cpu_indices=False, .*=True does not change: call unpatch_matchers first"):
+            dropin.patch_matchers(cpu_indices=True)
+        assert dropin.patch_matchers(cpu_indices=False).count == 7
+    with pytest.raises(TypeError, match="cpu_indices must be True or False, got 'cpu'"):
+        dropin.patch_matchers(cpu_indices="cpu")  # type: ignore[arg-type]
+
+
 def test_matchers_with_other_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_lw_detr.LwDetrHungarianMatcher, "forward", lambda self, outputs, targets: None)
     with pytest.raises(UnknownSurface, match=r"LwDetrHungarianMatcher\.forward takes \(self, outputs, targets\), expected"):
@@ -390,8 +399,10 @@ def test_a_copied_model_keeps_its_loss() -> None:
     dropin.set_loss(model)
     teacher = copy.deepcopy(model)
     assert teacher.loss_function == model.loss_function
-    assert dropin.set_loss(model, "scores").count == 1
-    assert model.loss_function.weights_key == "weights"  # set already
+    assert dropin.set_loss(model).count == 1
+    message = r"RTDetr.*\.loss_function is patched with weights_key='weights', which .*='scores' does not change: call unset_loss first"
+    with pytest.raises(ValueError, match=message):
+        dropin.set_loss(model, "scores")
     assert dropin.unset_loss(model) == 1
     assert dropin.unset_loss(model) == 0
     assert model.loss_function is loss_rt_detr.RTDetrForObjectDetectionLoss

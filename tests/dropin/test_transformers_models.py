@@ -157,7 +157,7 @@ def test_patching_and_unpatching_twice_changes_nothing_more(name: str) -> None:
     model = build(name)
     first = dropin.patch(model)
     forwards = [vars(module)["forward"] for module in wrappers(model)]
-    second = dropin.patch(model, fused=False)
+    second = dropin.patch(model)
     assert (first.count, second.count) == (PLACES[name], PLACES[name])
     assert [vars(module)["forward"] for module in wrappers(model)] == forwards
     second.undo()
@@ -517,6 +517,29 @@ def test_unpatching_restores_all_or_nothing() -> None:
     assert _patch.is_replaced(wrappers(model)[0], "forward")
     second.forward = ours
     assert dropin.unpatch(model) == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_other_options_are_refused(fused: bool) -> None:
+    model = build("rt_detr")
+    places = dropin.patch(model, fused, deterministic=True).places
+    assert dropin.patch(model, fused, deterministic=True).places == places
+    clone = copy.deepcopy(model)
+    for found in (model, clone):
+        with pytest.raises(ValueError, match=f"{re.escape(places[0])} is patched with fused={fused}, .*fused={not fused} "):
+            dropin.patch(found, not fused, deterministic=True)
+        with pytest.raises(ValueError, match="is patched with deterministic=True, .*=None does not change: call unpatch first"):
+            dropin.patch(found, fused)
+    dropin.unpatch(model)
+    assert dropin.patch(model, not fused).count == 2
+
+
+def test_what_is_no_switch_is_refused() -> None:
+    model = build("rt_detr")
+    with pytest.raises(TypeError, match="fused must be True or False, got None"):
+        dropin.patch(model, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="deterministic must be True or False or None, got 1"):
+        dropin.patch(model, deterministic=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.16.2", "6.0.0"])

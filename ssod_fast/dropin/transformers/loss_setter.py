@@ -67,7 +67,7 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
 
     Raises:
         TypeError: if `model` is no detector of transformers whose loss is known here, or `weights_key` is no string.
-        ValueError: if `weights_key` is "class_labels" or "boxes".
+        ValueError: if `weights_key` is "class_labels" or "boxes", or the model has our loss with another key.
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
     """
     if not isinstance(weights_key, str):
@@ -84,7 +84,7 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
     check_parameters(mapping[str(kind)], f"the loss of {kind}", family.parameters)
     if not isinstance(getattr(type(model), "loss_function", None), property):
         raise UnknownSurface(f"{type(model).__name__}.loss_function is no property: this version is not known, nothing was patched")
-    plan = Plan()
+    plan = Plan("unset_loss", weights_key=weights_key)
     plan.add(model, "_loss_function", family.loss(weights_key), f"{type(model).__name__}.loss_function")
     return plan.apply(f"{type(model).__name__} has no loss")
 

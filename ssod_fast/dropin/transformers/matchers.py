@@ -15,7 +15,7 @@ from torch import Tensor
 from ...criterion import HungarianMatcher
 from ...ops.matching_cost import ClassMode
 from ...ops.packed_targets import pack_targets
-from .._patch import Patched, Place, Plan, check_parameters, original, require, restore_places
+from .._patch import Patched, Place, Plan, check_parameters, check_switch, original, require, restore_places
 from .grounded import match_grounded, phrase_tokens
 from .labels import Targets, boxes_and_labels
 from .models import check_version
@@ -149,9 +149,12 @@ def patch_matchers(*, cpu_indices: bool = False) -> Patched:
 
     Raises:
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
+        ValueError: if they are replaced with another `cpu_indices`; nothing is changed then.
+        TypeError: if `cpu_indices` is no bool.
     """
+    check_switch("cpu_indices", cpu_indices)
     check_version()
-    plan = Plan()
+    plan = Plan("unpatch_matchers", cpu_indices=cpu_indices)
     for module, surface in _modules():
         theirs = original(module, surface.name)
         label = f"{module.__name__}.{surface.name}"

@@ -16,6 +16,7 @@ from .._patch import (
     Plan,
     UnknownSurface,
     check_parameters,
+    check_switch,
     is_replaced,
     optional,
     original,
@@ -57,7 +58,8 @@ def patch(model: nn.Module, fused: bool = True, *, deterministic: bool | None = 
     """Puts our op into every multi-scale deformable attention of a model of transformers.
 
     Weights, state dict, device, recorded attentions, masks, hooks and adapters stay as they are; `copy.deepcopy` copies the patch.
-    What is patched already stays so.
+    What is patched already stays so. Forward hooks of a wrapper's submodule `attn` never fire after this: with `fused` it is not called,
+    and without it another module stands in its place. Hooks of the wrapper itself do fire.
 
     Args:
         model: any module with such models inside.
@@ -69,13 +71,17 @@ def patch(model: nn.Module, fused: bool = True, *, deterministic: bool | None = 
 
     Raises:
         NothingPatched: if the model has no such attention.
+        UnknownSurface: if an attention looks otherwise, or hooks of accelerate have set its forward; nothing is patched then.
+        ValueError: if an attention is patched with other options; nothing is patched then.
         ImportError: if transformers is missing, or a version that is not known; nothing is changed then.
-        TypeError: if `model` is no module.
+        TypeError: if `model` is no module, `fused` no bool, or `deterministic` neither a bool nor None.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_switch("fused", fused)
+    check_switch("deterministic", deterministic, optional=True)
     check_version()
-    plan = Plan()
+    plan = Plan(fused=fused, deterministic=deterministic)
     for name, module in model.named_modules():
         _plan_module(plan, module, name or type(module).__name__, Mode(fused, deterministic))
     return plan.apply(f"{type(model).__name__} has no multi-scale deformable attention of transformers")
