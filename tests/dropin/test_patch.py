@@ -136,9 +136,9 @@ def test_other_options_are_refused_and_equal_ones_change_nothing() -> None:
 def test_what_is_no_switch_is_refused() -> None:
     _patch.check_switch("fast", True)
     _patch.check_switch("fast", None, optional=True)
-    with pytest.raises(TypeError, match="^fast must be True or False, got None$"):
+    with pytest.raises(TypeError, match=r"^fast must be True or False, got None$"):
         _patch.check_switch("fast", None)
-    with pytest.raises(TypeError, match="^fast must be True or False or None, got 1$"):
+    with pytest.raises(TypeError, match=r"^fast must be True or False or None, got 1$"):
         _patch.check_switch("fast", 1, optional=True)
 
 
