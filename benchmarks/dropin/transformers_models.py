@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the harness
 
-from harness import OURS, QUICK, Case, Effort, rotate
+from harness import OURS, QUICK, Case, Effort, Row, rotate
 from machine import describe
 from report import merge, write_report
 from run import HERE, RESULTS, time_cases
@@ -170,9 +170,12 @@ def main() -> None:
     args = parser.parse_args()
     out: Path | None = args.out or (None if args.quick else RESULTS)
     machine = describe(args.device, args.threads)
-    rows = time_cases(cases(torch.device(args.device), args.quick), machine, QUICK if args.quick else EFFORT)
+    rows: list[Row] = []
+    for case in cases(torch.device(args.device), args.quick):
+        rows += time_cases([case], machine, QUICK if args.quick else EFFORT)
+        if out is not None:  # after every case, so that an interrupted run keeps what it has
+            merge(out / f"{machine.slug}.csv", rows)
     if out is not None:
-        merge(out / f"{machine.slug}.csv", rows)
         write_report(out, HERE / "RESULTS.md" if out == RESULTS else out / "RESULTS.md")
 
 
