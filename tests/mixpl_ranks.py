@@ -54,7 +54,7 @@ def work(rank: int, folder: str, skip: bool) -> None:
             torch.save(str(error), f"{folder}/{rank}.pt")
             break
         assert out.stats is not None
-        gates.append(out.stats.gate.item())
+        gates.append(out.stats.extra["gate"].item())
     else:
         torch.save((gates, [p.grad for p in model.student.parameters()]), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

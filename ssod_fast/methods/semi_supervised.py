@@ -34,6 +34,15 @@ class Method(Protocol):
         """Iterations after which the teacher is made a copy of the student again; 0 for never."""
         ...
 
+    @property
+    def trainable(self) -> nn.Module | None:
+        """Networks of the method's own that are trained beside the student, as Semi-DETR's projector is; None for none.
+
+        Always the same object. Its weights belong to the model's `state_dict()`, not to the method's. In a distributed run they get
+        gradients on every rank in the same iterations: what averages them waits for all ranks.
+        """
+        ...
+
     def check(self, student: nn.Module) -> None:
         """Raises TypeError if the detector lacks what the method needs."""
         ...
@@ -76,6 +85,7 @@ class SemiSupervisedDetector(MeanTeacher):
         num_classes: if given, checked against the detector's.
 
     Attributes:
+        trainable: what the method trains beside the student, None for nothing; in no average, because only the student has a teacher.
         run_student: computes the student's losses; a trainer puts its DDP wrapper here.
     """
 
@@ -90,7 +100,13 @@ class SemiSupervisedDetector(MeanTeacher):
         if num_classes is not None and num_classes != self.student.num_classes:
             raise ValueError(f"num_classes must be the detector's {self.student.num_classes}, got {num_classes}")
         self.method = method
+        self.trainable = method.trainable
         self.run_student = self.student.losses
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """Everything that an optimizer has to move: the student, and what the method trains beside it."""
+        return [self.student] if self.trainable is None else [self.student, self.trainable]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A DDP wrapper assigned as an attribute of a module would be registered and saved as a second student.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -55,11 +55,11 @@ class PseudoLabelStats:
         max_score: float32 [B], highest score per image, 0 without a box.
         mean_score: float32 scalar, mean over all raw boxes, 0 without a box.
         non_finite: int64 scalar, teacher boxes dropped because a coordinate or score was not finite.
-        gate: float32 scalar, 1 where the (mixup) loss was open, 0 where it was shut.
-        mosaic_gate: the same for the mosaic loss; None in a step without mosaic.
-        pseudo: raw boxes with scores, in pixels of the original images.
+        pseudo: boxes with scores before the threshold, in pixels of the original images.
         score_thr: the threshold that `kept_count` refers to.
         image_ids: which images these are.
+        extra: float32 scalars by name that only this method has, such as MixPL's "gate" and "mosaic_gate" (1 where the loss was open, 0
+            where it was shut). A step may leave a name out.
     """
 
     raw_count: Tensor
@@ -67,11 +67,10 @@ class PseudoLabelStats:
     max_score: Tensor
     mean_score: Tensor
     non_finite: Tensor
-    gate: Tensor
-    mosaic_gate: Tensor | None
     pseudo: PaddedTargets
     score_thr: float
     image_ids: list[int]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -47,6 +48,37 @@ def wrap_for_processes(student: nn.Module, accelerator: Accelerator) -> nn.Modul
         return student
     device = accelerator.device
     return nn.parallel.DistributedDataParallel(student, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def broadcast_weights(module: nn.Module | None, processes: int) -> None:
+    """Gives all ranks the parameters and buffers of rank 0, as DDP does for what it wraps."""
+    if module is None or processes == 1:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(module: nn.Module | None, processes: int) -> None:
+    """Replaces the gradients of a module outside of DDP by their means over the ranks, in one collective per dtype.
+
+    Parameters without a gradient are left alone; they must be the same ones on every rank.
+    """
+    if module is None or processes == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        _average(gradients, processes)
+
+
+def _average(tensors: Sequence[Tensor], processes: int) -> None:
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joined)
+    joined /= processes
+    parts = joined.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def make_accelerator(precision: str, device: str) -> Any:

@@ -49,10 +49,9 @@ class PseudoMonitor:
             "raw_per_image": stats.raw_count.float().mean(),
             "kept_per_image": stats.kept_count.float().mean(),
             "mean_score": stats.mean_score,
-            "gate": stats.gate,
             "non_finite": stats.non_finite.float(),
         }
-        self.means.add(values if stats.mosaic_gate is None else {**values, "mosaic_gate": stats.mosaic_gate})
+        self.means.add({**values, **stats.extra})
         best = stats.max_score.amax()
         self._best = best if self._best is None else torch.maximum(self._best, best)
         self._per_class.scatter_add_(0, stats.pseudo.labels.clamp(min=0).flatten(), kept.float().flatten())
@@ -68,7 +67,7 @@ class PseudoMonitor:
             return None
         best = 0.0 if self._best is None else float(self._best)
         self._best = None
-        return {"mosaic_gate": None, **means, "max_score": best}
+        return {**means, "max_score": best}
 
     def _compare(self) -> None:
         """Brings the boxes of all waiting steps to the host at once and matches them."""

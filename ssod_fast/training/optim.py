@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,10 @@ MAX_SKIPPED = 20
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer of the student. Weight decay is applied to everything that is trained, as in the published recipes."""
+    """The optimizer of the student and of what the method trains beside it.
+
+    Weight decay is applied to everything that is trained, as in the published recipes.
+    """
 
     # SGD for convolutional detectors, AdamW for transformers.
     name: Literal["sgd", "adamw"] = "sgd"
@@ -74,10 +77,19 @@ class ScheduleConfig:
         return float(ramp * self.gamma**drops)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """A fused optimizer over the parameters that take gradients; `initial_lr` of each group is what the schedule scales."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named:
+def build_optimizer(modules: Sequence[nn.Module], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """A fused optimizer over the parameters that take gradients; `initial_lr` of each group is what the schedule scales.
+
+    Args:
+        modules: what is trained, the student first.
+        config: the settings.
+        lr: of everything but the backbone.
+
+    Raises:
+        ValueError: the student has nothing to train.
+    """
+    named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
+    if not any(p.requires_grad for p in modules[0].parameters()):
         raise ValueError("the student has no parameter that takes a gradient")
     groups = _groups(named, config.backbone_lr_scale, lr)
     # Fused implementations honour `found_inf`, which is how a bad step is skipped on the device.
@@ -145,8 +157,8 @@ class BufferGuard:
     Frozen batch norm has nothing to guard and costs nothing.
     """
 
-    def __init__(self, student: nn.Module) -> None:
-        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
         self._saved = [b.clone() for b in self.buffers]
 

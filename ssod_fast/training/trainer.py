@@ -14,7 +14,7 @@ from ssod_fast.data.batches import LabeledBatch, UnlabeledBatch
 from ssod_fast.data.loader import LoaderConfig, TrainLoader
 from ssod_fast.methods import SemiSupervisedDetector, StepOutput
 
-from .backward import TrainingDriver, make_accelerator, pick_precision, wrap_for_processes
+from .backward import TrainingDriver, average_gradients, broadcast_weights, make_accelerator, pick_precision, wrap_for_processes
 from .build import build_method, build_student
 from .checkpoint import gather_ranks, rng_state, save_last, set_rng_state
 from .config import TrainConfig, resolve, tree_of
@@ -108,13 +108,14 @@ class Trainer:
         self.model: SemiSupervisedDetector = build_method(config, student, self.rank).to(self.device)
         self.model.train()
         wrapped = wrap_for_processes(student, self.accelerator)
+        broadcast_weights(self.model.trainable, self.processes)
         self.model.run_student = wrapped
         self.driver = TrainingDriver(self.accelerator, wrapped, config.accumulate)
         self.labeled_batch = config.per_batch[0] * config.accumulate * self.processes
         self.lr = config.lr or config.optimizer.learning_rate(self.labeled_batch, config.scale_lr)
-        self.optimizer = build_optimizer(student, config.optimizer, self.lr)
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.guard, self.buffer_guard = StepGuard(self.device), BufferGuard(student)
+        self.optimizer = build_optimizer(self.model.trained, config.optimizer, self.lr)
+        self.parameters = [p for module in self.model.trained for p in module.parameters() if p.requires_grad]
+        self.guard, self.buffer_guard = StepGuard(self.device), BufferGuard(self.model.trained)
         if self.accelerator.scaler is None:  # else the scaler tells the optimizer
             self.optimizer.found_inf = self.guard.found  # type: ignore[attr-defined]
         self._build_observers()
@@ -264,6 +265,7 @@ class Trainer:
         return batch
 
     def _optimizer_step(self) -> None:
+        average_gradients(self.model.trainable, self.processes)  # before anyone looks at them: all ranks must come to the same verdict
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)

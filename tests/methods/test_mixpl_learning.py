@@ -43,7 +43,7 @@ def test_teacher_learns_and_its_boxes_reach_the_student() -> None:
         optimizer.step()
         model.update_teacher(step)
         assert out.stats is not None
-        open_gates += out.stats.gate
+        open_gates += out.stats.extra["gate"]
     after = mean_overlap(model.teacher)
     assert before < 0.2
     assert after > 0.5

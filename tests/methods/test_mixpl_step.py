@@ -105,7 +105,7 @@ class TestLosses:
             assert out.stats.raw_count.tolist() == [0] * 4
             assert out.stats.max_score.tolist() == [0] * 4
             assert out.stats.mean_score == 0
-            assert out.stats.gate == 0
+            assert out.stats.extra["gate"] == 0
             assert all(value == 0 for key, value in out.losses.items() if not key.startswith("sup"))
 
     def test_losses_in_float32_under_autocast(self) -> None:
@@ -304,8 +304,7 @@ class TestPseudoBoxes:
         assert stats.kept_count.tolist() == [1, 2, 2, 0]
         assert stats.max_score.tolist() == pytest.approx([0.9, 0.9, 0.9, 0])
         assert stats.mean_score.item() == pytest.approx((0.9 * 3 + 0.3 * 2 + 0.05) / 6)
-        assert stats.gate == 0
-        assert stats.mosaic_gate is None
+        assert stats.extra == {"gate": 0}
         assert stats.image_ids == [300, 301, 302, 303]
         assert stats.score_thr == 0.2
         assert stats.pseudo.boxes[2, :3].tolist() == [box for box, _ in rows]  # the original image is the weak view here
@@ -389,7 +388,7 @@ class TestSwitches:
     def test_least_num(self, least: int, gate: int) -> None:
         stats = make_model(says([1, 1, 1, 1]), least_num=least, erase_patches=None).training_step(*make_batches(0), 0).stats
         assert stats is not None
-        assert stats.gate == gate
+        assert stats.extra["gate"] == gate
 
     def test_the_teacher_is_asked_with_its_settings(self) -> None:
         model = make_model(teacher_score_thr=0.2, teacher_topk=7)

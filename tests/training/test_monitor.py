@@ -16,8 +16,9 @@ def stats(image_ids: list[int], scores: list[float], thr: float = 0.5, mosaic: b
     pseudo = PaddedTargets.from_list([target] * len(image_ids), nmax=4)
     kept = (pseudo.scores > thr).sum(1, dtype=torch.int32)
     gate = (kept.amin() > 0).float()
+    extra = {"gate": gate, **({"mosaic_gate": gate} if mosaic else {})}
     best, mean = pseudo.scores.amax(1), torch.tensor(scores).mean()
-    return PseudoLabelStats(pseudo.count, kept, best, mean, torch.tensor(0), gate, gate if mosaic else None, pseudo, thr, image_ids)
+    return PseudoLabelStats(pseudo.count, kept, best, mean, torch.tensor(0), pseudo, thr, image_ids, extra)
 
 
 def truth(image_ids: list[int]) -> HiddenTruth:

@@ -50,7 +50,7 @@ def test_step_with_nan_gradients_changes_nothing(name: str) -> None:
     twin.load_state_dict(net.state_dict())
     config = OptimizerConfig(name=name, backbone_lr_scale=0.5)
     guard = StepGuard(torch.device("cpu"))
-    optimizers = [build_optimizer(m, config, 0.1) for m in (net, twin)]
+    optimizers = [build_optimizer([m], config, 0.1) for m in (net, twin)]
     optimizers[0].found_inf = guard.found  # type: ignore[attr-defined]
     batches = [torch.randn(5, 3) for _ in range(4)]
     # The very first step is bad, and one in the middle: what remains equals a run without them.
@@ -82,7 +82,7 @@ def test_guard_counts_rows_of_bad_steps() -> None:
 
 def test_batch_norm_survives_a_skipped_step() -> None:
     norm = nn.BatchNorm1d(3)
-    guard = BufferGuard(nn.Sequential(norm, nn.Linear(3, 3)))
+    guard = BufferGuard([norm, nn.Linear(3, 3)])
     for value, skipped in ((1.0, 0.0), (math.nan, 1.0)):
         guard.save()
         before = norm.running_mean.clone()  # type: ignore[union-attr]
@@ -90,11 +90,11 @@ def test_batch_norm_survives_a_skipped_step() -> None:
         guard.restore_if(torch.tensor(skipped))
         assert torch.equal(norm.running_mean, before) == bool(skipped)  # type: ignore[arg-type]
         assert torch.isfinite(norm.running_var).all()  # type: ignore[arg-type]
-    assert BufferGuard(nn.Linear(3, 3)).buffers == []
+    assert BufferGuard([nn.Linear(3, 3)]).buffers == []
 
 
 def test_backbone_has_its_own_rate() -> None:
-    optimizer = build_optimizer(Net(), OptimizerConfig(backbone_lr_scale=0.1), 1.0)
+    optimizer = build_optimizer([Net()], OptimizerConfig(backbone_lr_scale=0.1), 1.0)
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.5])
 
@@ -116,4 +116,4 @@ def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"schedule.milestones must be shares of the run"):
         ScheduleConfig(milestones=(120000,))
     with pytest.raises(ValueError, match="no parameter that takes a gradient"):
-        build_optimizer(Net().requires_grad_(False), OptimizerConfig(), 0.1)
+        build_optimizer([Net().requires_grad_(False), nn.Linear(2, 2)], OptimizerConfig(), 0.1)

@@ -66,6 +66,7 @@ class MixPL:
         self.config = config = MixPLConfig() if config is None else config
         self.ema = config.ema
         self.burn_in = config.burn_in
+        self.trainable = None
         self.planner = _make_planner(config, rank)
         self.cache = RingCache(config.cache_length, config.unlabeled_batch, config.teacher_topk)
 
@@ -200,11 +201,10 @@ class MixPL:
             max_score=raw.scores.amax(1),
             mean_score=raw.scores.sum() / raw.count.sum().clamp(min=1),
             non_finite=pseudo.non_finite,
-            gate=batches[0].gate,
-            mosaic_gate=batches[1].gate if len(batches) > 1 else None,
             pseudo=raw,
             score_thr=self.config.cls_pseudo_thr,
             image_ids=image_ids,
+            extra={name: batch.gate for name, batch in zip(("gate", "mosaic_gate"), batches, strict=False)},
         )
 
 

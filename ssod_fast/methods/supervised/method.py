@@ -24,6 +24,7 @@ class SupervisedMethod:
         self.config = SupervisedConfig() if config is None else config
         self.ema = self.config.ema
         self.burn_in = 0
+        self.trainable = None
 
     def check(self, student: nn.Module) -> None:
         """Any detector will do."""
