@@ -1,7 +1,8 @@
 """Views of an image for training and testing, with the matrix that carries boxes from the original into each view.
 
 The recipe is MixPL's (official configs of Czm369/MixPL): resize and flip for everyone, one colour operation for the labelled and the strong
-view, one geometric operation for the strong view alone.
+view, one geometric operation for the strong view alone. SoftTeacher and its heirs, Semi-DETR among them, also erase patches of the strong
+view, which MixPL leaves to its mixing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from ..ops.planners._random import draw_patches
+from ..ops.planners.mixpl import check_erasing
 from ..structures import Target
 from .geometry import Matrix, flip, map_boxes, resize, rotate_matrix, shear_matrix, translate_matrix, warp
 from .photometric import COLOUR_OPS
@@ -64,6 +67,10 @@ class ViewConfig:
     shear_degrees: float = 30.0  # largest angle either way
     translate: float = 0.1  # largest shift as a share of the side
     fill: int = 128  # grey of what comes from outside of the picture
+    # Bounds of the number of patches erased from strong views, upper end excluded. Semi-DETR: 1 5; MixPL: none, it erases while it mixes.
+    erase_patches: tuple[int, int] | None = None
+    erase_ratio: tuple[float, float] = (0.0, 0.2)  # bounds of a patch's share of both sides of the picture
+    erase_fill: int = 125  # grey of erased patches
 
     def __post_init__(self) -> None:
         low, high = self.short_side
@@ -73,8 +80,10 @@ class ViewConfig:
             raise ValueError(f"max_side and test_short_side must be >= 1, got {self.max_side} and {self.test_short_side}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
-        if not 0 <= self.fill <= 255:
-            raise ValueError(f"fill must lie in [0, 255], got {self.fill}")
+        for name in ("fill", "erase_fill"):
+            if not 0 <= getattr(self, name) <= 255:
+                raise ValueError(f"{name} must lie in [0, 255], got {getattr(self, name)}")
+        check_erasing(self.erase_patches, self.erase_ratio)
         if not (0 <= self.rotate_degrees <= 180 and 0 <= self.shear_degrees < 90 and 0 <= self.translate < 1):
             got = f"{self.rotate_degrees}, {self.shear_degrees} and {self.translate}"
             raise ValueError(f"rotate_degrees must lie in [0, 180], shear_degrees in [0, 90) and translate in [0, 1), got {got}")
@@ -134,13 +143,16 @@ def labeled_view(image: Tensor, target: Target, config: ViewConfig, rng: Rng) ->
 
 
 def weak_strong_views(image: Tensor, config: ViewConfig, rng: Rng) -> tuple[View, View]:
-    """The teacher's view (resize, flip) and the student's (its own resize and flip, a colour and a geometric operation in random order)."""
+    """The teacher's view (resize, flip) and the student's.
+
+    The student's has its own resize and flip, a colour and a geometric operation in random order, then erased patches if asked for.
+    """
     weak = _resize_flip(image, config, rng)
     strong = _resize_flip(image, config, rng)
     steps = (_colour, _geometric) if rng.random() < 0.5 else (_geometric, _colour)
     for step in steps:
         strong = step(strong, config, rng)
-    return weak, strong
+    return weak, _erase(strong, config, rng)
 
 
 def test_view(image: Tensor, config: ViewConfig) -> View:
@@ -183,6 +195,15 @@ def _geometric(view: View, config: ViewConfig, rng: Rng) -> View:
     name = config.geometric_ops[rng.integers(len(config.geometric_ops))]
     matrix = GEOMETRIC_OPS[name](view.size, config, float(rng.uniform(-1, 1)))
     return view.then((warp(view.image, matrix, config.fill), matrix))
+
+
+def _erase(view: View, config: ViewConfig, rng: Rng) -> View:
+    if config.erase_patches is None:
+        return view
+    image = view.image.clone()
+    for x1, y1, x2, y2 in draw_patches(rng, view.size, config.erase_patches, config.erase_ratio).tolist():
+        image[:, y1:y2, x1:x2] = config.erase_fill
+    return View(image, view.matrix)
 
 
 def _check_names(argument: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -232,6 +234,54 @@ def test_target_without_boxes_and_with_extras() -> None:
     assert moved["weights"].tolist() == [0.5]
 
 
+def erased_parts(seed: int, size: tuple[int, int] = (200, 300), **changes: Any) -> tuple[View, View, list[tuple[int, ...]]]:
+    """Views of a black picture, and bounding boxes (x1, y1, x2, y2) of the connected grey patches of the strong one."""
+    config = ViewConfig(short_side=(size[0], size[0]), colour_ops=(), geometric_ops=(), flip=0.0, erase_patches=(1, 5), **changes)
+    weak, strong = weak_strong_views(torch.zeros(3, *size, dtype=torch.uint8), config, np.random.default_rng(seed))
+    assert set(strong.image.unique().tolist()) <= {0, config.erase_fill}
+    assert (strong.image == strong.image[:1]).all()
+    labels, count = ndimage.label(strong.image[0].numpy())
+    boxes = [tuple(int(v) for v in (s[1].start, s[0].start, s[1].stop, s[0].stop)) for s in ndimage.find_objects(labels)[:count]]
+    return weak, strong, boxes
+
+
+def test_erased_patches_of_the_strong_view() -> None:
+    counts, sides = set(), []
+    for seed in range(60):
+        weak, strong, boxes = erased_parts(seed, erase_ratio=(0.05, 0.2))
+        assert not weak.image.any()
+        assert strong.size == (200, 300)
+        counts.add(len(boxes))
+        if len(boxes) == 1:  # alone, or several that touch
+            x1, y1, x2, y2 = boxes[0]
+            sides.append((x2 - x1, y2 - y1))
+    assert counts == {1, 2, 3, 4}  # the upper end is excluded
+    single = [(w, h) for w, h in sides if w <= 60 and h <= 40]
+    assert len(single) >= 8
+    assert all(w >= 15 and h >= 10 and abs(w / 300 - h / 200) < 0.006 for w, h in single)  # one share for both sides
+
+
+def test_erasing_is_the_last_step_and_changes_no_draw_before_it() -> None:
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    plain = ViewConfig(short_side=(50, 70), colour_ops=("identity", "equalize"))
+    for seed in range(5):
+        weak, strong = weak_strong_views(image, plain, np.random.default_rng(seed))
+        erasing = dataclasses.replace(plain, erase_patches=(4, 5), erase_ratio=(0.1, 0.2), erase_fill=7)
+        same_weak, erased = weak_strong_views(image, erasing, np.random.default_rng(seed))
+        assert torch.equal(weak.image, same_weak.image)
+        assert np.array_equal(strong.matrix, erased.matrix)
+        changed = (strong.image != erased.image).any(0)
+        assert 0 < changed.float().mean() < 4 * 0.2**2
+        assert (erased.image[:, changed] == 7).all()
+
+
+def test_nothing_is_erased_unless_asked_for() -> None:
+    assert ViewConfig().erase_patches is None
+    _, strong, boxes = erased_parts(0, erase_ratio=(0.0, 0.0))  # patches of no size
+    assert boxes == []
+    assert not strong.image.any()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -239,7 +289,11 @@ def test_target_without_boxes_and_with_extras() -> None:
         ({"short_side": (9, 5)}, "short_side must be"),
         ({"max_side": 0}, "max_side and test_short_side must be >= 1, got 0 and 800"),
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),
-        ({"fill": 256}, r"fill must lie in \[0, 255\], got 256"),
+        ({"fill": 256}, r"^fill must lie in \[0, 255\], got 256"),
+        ({"erase_fill": -1}, r"erase_fill must lie in \[0, 255\], got -1"),
+        ({"erase_patches": (0, 5)}, r"erase_patches must satisfy 1 <= low < high, got \(0, 5\)"),
+        ({"erase_patches": (3, 3)}, r"erase_patches must satisfy 1 <= low < high, got \(3, 3\)"),
+        ({"erase_ratio": (0.0, 1.0)}, r"erase_ratio must stay below 1, got \(0.0, 1.0\)"),
         ({"shear_degrees": 90.0}, r"shear_degrees in \[0, 90\)"),
         ({"colour_ops": ("sepia",)}, "colour_ops must be among identity, autocontrast, .* got 'sepia'"),
         ({"geometric_ops": ("twist",)}, "geometric_ops must be among rotate, .* got 'twist'"),

@@ -63,6 +63,19 @@ def make_draws(kind: RngKind, seed: int, rank: int) -> Draws:
     raise ValueError(f'rng must be "philox" or "numpy_legacy", got {kind!r}')
 
 
+def draw_patches(generator: np.random.Generator, hw: tuple[int, int], count: tuple[int, int], ratio: tuple[float, float]) -> IntArray:
+    """:meth:`Draws.patches` from two calls of NumPy's generator."""
+    height, width = hw
+    number = count[0] + int(generator.random() * (count[1] - count[0]))
+    share, x, y = generator.random((3, number))
+    side = ratio[0] + share * (ratio[1] - ratio[0])
+    rects = np.empty((number, 4), np.int32)  # assignment truncates, as int() does
+    rects[:, 2], rects[:, 3] = width * side, height * side
+    rects[:, 0], rects[:, 1] = x * (width - rects[:, 2]), y * (height - rects[:, 3])
+    rects[:, 2:] += rects[:, :2]
+    return rects
+
+
 class PhiloxDraws:
     """Counter-based generator; all patches of an image come from one call."""
 
@@ -83,14 +96,7 @@ class PhiloxDraws:
         return order
 
     def patches(self, hw: tuple[int, int], count: tuple[int, int], ratio: tuple[float, float]) -> IntArray:
-        height, width = hw
-        share, x, y = self._generator.random((3, self.integer(*count)))
-        side = ratio[0] + share * (ratio[1] - ratio[0])
-        rects = np.empty((len(side), 4), np.int32)  # assignment truncates, as int() does
-        rects[:, 2], rects[:, 3] = width * side, height * side
-        rects[:, 0], rects[:, 1] = x * (width - rects[:, 2]), y * (height - rects[:, 3])
-        rects[:, 2:] += rects[:, :2]
-        return rects
+        return draw_patches(self._generator, hw, count, ratio)
 
     def state_dict(self) -> dict[str, Any]:
         state = _plain(self._generator.bit_generator.state)
