@@ -10,12 +10,14 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 _RECORD = "_ssod_fast_replaced"
+_REPLICATE = "_replicate_for_data_parallel"  # by which torch.nn.DataParallel copies a module
 
 
 class NothingPatched(RuntimeError):
@@ -150,6 +152,8 @@ class Plan:
 def replace(owner: Any, name: str, new: Any, options: Mapping[str, Any] | None = None) -> bool:
     """Sets an attribute and remembers what it was.
 
+    What is a `functools.partial` bound to its module, as a forward, is bound to the replicas that `torch.nn.DataParallel` makes of it.
+
     Args:
         owner: a module, class or object.
         name: of the attribute.
@@ -164,7 +168,25 @@ def replace(owner: Any, name: str, new: Any, options: Mapping[str, Any] | None =
         return False
     setattr(owner, _RECORD, {**record, name: Replaced(_own(owner, name), new, options or {})})
     setattr(owner, name, new)
+    if isinstance(owner, nn.Module) and _is_bound(new, owner):
+        vars(owner)[_REPLICATE] = partial(_replica, owner)
     return True
+
+
+def _is_bound(function: Any, module: nn.Module) -> bool:
+    return isinstance(function, partial) and bool(function.args) and function.args[0] is module
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """A replica, which shares all attributes of a module, but for functions that are bound to it: the replica has its own."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+    attributes = vars(replica)
+    del attributes[_REPLICATE]
+    for name in attributes[_RECORD]:
+        function = attributes.get(name)
+        if function is not None and _is_bound(function, module):
+            attributes[name] = partial(function.func, replica, *function.args[1:], **function.keywords)
+    return replica
 
 
 def restore(owner: Any, name: str) -> bool:
@@ -192,8 +214,10 @@ def restore(owner: Any, name: str) -> bool:
     rest = {key: value for key, value in record.items() if key != name}
     if rest:
         setattr(owner, _RECORD, rest)
-    else:
-        delattr(owner, _RECORD)
+        return True
+    delattr(owner, _RECORD)
+    if isinstance(owner, nn.Module):
+        vars(owner).pop(_REPLICATE, None)
     return True
 
 
