@@ -82,12 +82,21 @@ def normalizer(matches: Matches, *, process_group: dist.ProcessGroup | None = No
     """
     check_matches(matches)
     copies = matches.groups * matches.repeats
-    count = _real_rows(matches).to(torch.float32) * copies
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count, group=process_group)
-        count /= dist.get_world_size(process_group)
-    least: Tensor = count.clamp(min=1)
-    return least
+    return mean_over_ranks(_real_rows(matches).to(torch.float32) * copies, process_group=process_group).clamp(min=1)
+
+
+def mean_over_ranks(values: Tensor, *, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean of each value over all ranks, which all must call this; the values themselves outside of distributed training.
+
+    Args:
+        values: floating point, of the same shape on all ranks.
+        process_group: ranks to average over, by default all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=process_group)
+    return total / dist.get_world_size(process_group)
 
 
 def _real_rows(matches: Matches) -> Tensor:

@@ -111,6 +111,23 @@ class Detector(Protocol):
         ...
 
 
+class LossProgram(Protocol):
+    """Losses that a method computes from parts of a detector rather than from its `losses`.
+
+    A detector that supports it takes one in the place of targets: `forward(images, program)` returns `program(self, images)`. Methods that
+    run a student stage by stage then still go through `forward`, which DistributedDataParallel needs for its gradients.
+    """
+
+    def __call__(self, detector: Any, images: ImageBatch) -> dict[str, Tensor]:
+        """Scalar losses that are to be summed, with gradient.
+
+        Args:
+            detector: whose `forward` was called.
+            images: normalised batch.
+        """
+        ...
+
+
 def capabilities(detector: nn.Module) -> frozenset[str]:
     """Names of the optional capabilities that `detector` has."""
     flags = {name for name in FLAGS if bool(getattr(detector, name, False))}
