@@ -13,7 +13,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from .protocol import near
-from .surgery import freeze_batch_norm, same_padding
+from .surgery import freeze_batch_norm
+from .surgery import same_padding as pad_same
 from .weights import WeightsFile, load_backbone
 
 TINY = "tiny"
@@ -80,17 +81,41 @@ def build_backbone(name: str, options: BackboneOptions, weights: WeightsFile | N
     Raises:
         ValueError: unknown name, levels that the network does not have, or weights that do not fit.
     """
-    network = TinyNet(options.tiny_norm) if name == TINY else _network(name)
+    body, stages = build_body(
+        name,
+        weights,
+        frozen_bn=options.frozen_bn,
+        trainable_layers=options.trainable_layers,
+        same_padding=options.same_padding,
+        tiny_norm=options.tiny_norm,
+    )
+    return _pyramid(name, body, stages, options)
+
+
+def build_body(
+    name: str,
+    weights: WeightsFile | None,
+    *,
+    frozen_bn: bool,
+    trainable_layers: int,
+    same_padding: bool,
+    tiny_norm: Literal["group", "batch"],
+) -> tuple[nn.Module, dict[int, Stage]]:
+    """The convolutional part of a classification network, whose children run one after another, and its stages by level.
+
+    Arguments are those of :func:`build_backbone` and :class:`BackboneOptions`.
+    """
+    network = TinyNet(tiny_norm) if name == TINY else _network(name)
     if weights is not None:
         load_backbone(network, weights)
     body = _body(network)
-    if options.same_padding:
-        same_padding(body)
+    if same_padding:
+        pad_same(body)
     stages = find_stages(body)
-    freeze_stages(body, stages, options.trainable_layers)
-    if options.frozen_bn:
+    freeze_stages(body, stages, trainable_layers)
+    if frozen_bn:
         freeze_batch_norm(body)
-    return _pyramid(name, body, stages, options)
+    return body, stages
 
 
 def backbone_names() -> list[str]:

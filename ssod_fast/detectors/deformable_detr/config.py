@@ -45,8 +45,10 @@ class DETRConfig:
     # Queries get their position embedding from the current box in every layer, and layer outputs are normalised before heads read them
     # (DAB-DETR, DINO); otherwise position embeddings stay the same through all layers.
     box_positions: bool = False
-    # Every layer its own class head, as in Deformable DETR with refinement; DINO shares none either. False: one head for all layers.
+    # Every layer has class and box heads of its own, as in Deformable DETR with refinement and in DINO. False: one of each for all layers.
     own_heads: bool = False
+    # Groups of the norm behind the projections of the backbone's maps. None: 8 channels each, which are the published 32 at width 256.
+    norm_groups: int | None = None
 
     # Denoising queries per step, positive ones and negative ones together twice as many (DINO 100); 0: none.
     denoising: int = 0
@@ -74,8 +76,15 @@ class DETRConfig:
             raise ValueError(f"width must be a multiple of 4 and of twice the heads, got {self.width} and {self.heads} heads")
         if self.selection != "none" and not self.box_refine:
             raise ValueError(f"box_refine must be True for selection {self.selection!r}: its queries start from boxes")
-        if self.look_forward_twice and not self.box_refine:
-            raise ValueError("box_refine must be True for look_forward_twice")
+        for name in ("look_forward_twice", "box_positions"):
+            if getattr(self, name) and not self.box_refine:
+                raise ValueError(f"box_refine must be True for {name}")
+        if self.selection == "mixed" and not self.box_positions:
+            raise ValueError('box_positions must be True for selection "mixed": its content is learned and its boxes are not')
+        if self.norm_groups is not None:
+            _check_int(self, "norm_groups", 1)
+            if self.width % self.norm_groups:
+                raise ValueError(f"norm_groups must divide the width {self.width}, got {self.norm_groups}")
 
 
 def _check_int(config: DETRConfig, name: str, least: int) -> None:

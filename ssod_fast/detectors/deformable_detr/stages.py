@@ -20,14 +20,17 @@ class Pyramid:
 
     Attributes:
         maps: [B, D, h, w] each, finest first.
-        padding: bool [B, h, w] each, True outside of the image.
-        positions: [B, h * w, D] each, sine embedding of the position in the image, without an embedding of the level.
+        padding: bool [B, h, w] each, True outside of the image; None if all images fill the batch, which needs no masks.
+        positions: [B, h * w, D] each, sine embedding of the position in the image, without an embedding of the level; [1, h * w, D] where
+            all images have the same.
+        valid_ratios: float32 [B, L, 2], share (x, y) of each level that is image.
         image_hw: float32 [B, 2], true height and width of the images in pixels, on the device.
     """
 
     maps: list[Tensor]
-    padding: list[Tensor]
+    padding: list[Tensor] | None
     positions: list[Tensor]
+    valid_ratios: Tensor
     image_hw: Tensor
 
     @property
@@ -42,14 +45,14 @@ class Memory:
 
     Attributes:
         tokens: [B, S, D], the levels one after the other.
-        padding: bool [B, S], True outside of the image.
+        padding: bool [B, S], True outside of the image; None if all images fill the batch, and all valid ratios are 1.
         shapes: (h, w) of each level.
         valid_ratios: float32 [B, L, 2], share (x, y) of each level that is image.
         image_hw: float32 [B, 2], true height and width of the images in pixels.
     """
 
     tokens: Tensor
-    padding: Tensor
+    padding: Tensor | None
     shapes: list[tuple[int, int]]
     valid_ratios: Tensor
     image_hw: Tensor
