@@ -25,6 +25,9 @@ class EMAConfig:
     keep: float = 0.9996
     floor: float = 2e-4
     gamma: float = 4.0
+    # Added to i in `warmup` and `mmdet`. 1 for methods that update before an iteration, where we update after the one before it: our
+    # update after iteration i-1 is theirs before iteration i (Semi-DETR; its first update is the copy that every teacher begins as).
+    ahead: int = 0
     # One update every `interval` iterations, after iterations interval-1, 2*interval-1, ...
     interval: int = 1
     # "copy" is right for trainable batch norm and equals "skip" (mmdetection's choice) where batch norm is frozen.
@@ -41,6 +44,8 @@ class EMAConfig:
             raise ValueError(f"floor must lie in [0, 1], got {self.floor}")
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma}")
+        if self.ahead < 0:
+            raise ValueError(f"ahead must not be negative, got {self.ahead}")
         if self.interval < 1:
             raise ValueError(f"interval must be at least 1, got {self.interval}")
 
@@ -49,9 +54,10 @@ def student_share(config: EMAConfig, step: int) -> float:
     """The weight of the student in the update after iteration `step` (0-based), were there one."""
     if config.schedule == "constant":
         return 1.0 - config.keep
+    i = step + config.ahead
     if config.schedule == "warmup":
-        return 1.0 - min(config.keep, 1.0 - 1.0 / (step + 1))
-    return max(config.floor, config.gamma / (config.gamma + step))
+        return 1.0 - min(config.keep, 1.0 - 1.0 / (i + 1))
+    return max(config.floor, config.gamma / (config.gamma + i))
 
 
 class EMA:

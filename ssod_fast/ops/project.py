@@ -58,13 +58,31 @@ def warp_boxes(targets: PaddedTargets, matrix: Tensor, hw: Sizes) -> PaddedTarge
         ValueError: a shape does not fit the batch, or a matrix is not finite, which would drop every box of its image.
         TypeError: the matrices are not on the CPU.
     """
+    moved, finite = moved_boxes(targets, matrix, hw)
+    return dataclasses.replace(targets, boxes=moved).select(finite)
+
+
+def moved_boxes(targets: PaddedTargets, matrix: Tensor, hw: Sizes) -> tuple[Tensor, Tensor]:
+    """What :func:`warp_boxes` makes of every row, which stays in its place.
+
+    Args:
+        targets: see :func:`warp_boxes`, as the rest.
+        matrix: see :func:`warp_boxes`.
+        hw: see :func:`warp_boxes`.
+
+    Returns:
+        Clipped boxes [B, N, 4], and bool [B, N], whether the moved box is finite.
+
+    Raises:
+        ValueError: as :func:`warp_boxes`.
+        TypeError: as :func:`warp_boxes`.
+    """
     _check(targets, matrix, hw)
     _check_finite(matrix)
     limits = torch.tensor([(w, h, w, h) for h, w in hw], dtype=torch.float32).reshape(-1, 4)
     geometry = upload(torch.cat([matrix.reshape(-1, 9).float(), limits], dim=1), targets.device)  # [B, 13]
     moved = _hull(targets.boxes, geometry[:, :9])
-    clipped = torch.minimum(moved.clamp(min=0), geometry[:, None, 9:])
-    return dataclasses.replace(targets, boxes=clipped).select(torch.isfinite(moved).all(-1))
+    return torch.minimum(moved.clamp(min=0), geometry[:, None, 9:]), torch.isfinite(moved).all(-1)
 
 
 def drop_small(targets: PaddedTargets, min_wh: float | None) -> PaddedTargets:

@@ -38,6 +38,18 @@ def test_warmup_keep() -> None:
     assert keeps == pytest.approx([0, 0.5, 2 / 3, 0.9, 0.998999, 0.999], abs=1e-6)
 
 
+def test_warmup_before_an_iteration() -> None:
+    # Semi-DETR's teacher keeps 0, .5, .9, .998999 and .999 before iterations 0, 1, 9, 998 and 999; it starts as the copy that 0 means.
+    config = EMAConfig("warmup", keep=0.999, ahead=1)
+    keeps = [1 - student_share(config, i - 1) for i in (1, 9, 998, 999, 5000)]
+    assert keeps == pytest.approx([0.5, 0.9, 0.998999, 0.999, 0.999], abs=1e-6)
+    assert 1 - student_share(EMAConfig("warmup", keep=0.999), 0) == 0
+
+
+def test_mmdet_ahead() -> None:
+    assert student_share(EMAConfig("mmdet", ahead=4), 0) == student_share(EMAConfig("mmdet"), 4)
+
+
 @pytest.mark.parametrize(("updates", "expected"), [(1000, 0.32973359), (2500, 0.63219415)])
 def test_constant_after_many_updates(updates: int, expected: float) -> None:
     teacher, student = (nn.Linear(1, 1, bias=False).double() for _ in range(2))
@@ -98,6 +110,7 @@ def test_ramp() -> None:
         ({"floor": -1}, r"floor must lie in \[0, 1\]"),
         ({"gamma": 0}, "gamma must be positive"),
         ({"interval": 0}, "interval must be at least 1"),
+        ({"ahead": -1}, "ahead must not be negative, got -1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
