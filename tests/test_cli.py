@@ -15,7 +15,7 @@ from tiny_detector import TinyDetector
 from ssod_fast import cli
 from ssod_fast.cli.train import parse_train
 from ssod_fast.data.synthetic import write_scenes
-from ssod_fast.methods import MixPLConfig, SupervisedConfig
+from ssod_fast.methods import METHODS, MixPLConfig, SupervisedConfig
 from ssod_fast.training.config import resolve, write_config
 from ssod_fast.training.tree import ConfigError
 
@@ -184,6 +184,8 @@ def test_early_options_need_values() -> None:
         (["val", __file__, "/nowhere"], 3, "a detector is in weights/best_*.safetensors of a run folder, last.pt is for resuming alone"),
         (["ops", "--verbose"], 2, "ops takes no option but --json, got --verbose"),
         (["train", "--help"], 0, "--optimizer.clip-norm"),
+        (["train", "--help"], 0, f"--method {{{','.join(METHODS)}}}"),
+        (["train", "--model", "own:dino_tiny", "--help"], 0, "0.1)"),
         (["train", "--help"], 0, "LABELED [UNLABELED]"),
         (["val", "--help"], 0, "CHECKPOINT DATA"),
         (["predict", "--help"], 0, "by default the teacher if there is one"),

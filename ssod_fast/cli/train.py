@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from ssod_fast.methods import METHODS
 from ssod_fast.training.config import TrainConfig, config_from_tree, read_tree, refuse_overridden, split_method
 from ssod_fast.training.tree import ConfigError
 
@@ -16,6 +17,12 @@ from .output import Output
 
 # Short names of options that live in the method.
 ALIASES = {"--thr": "--method.cls-pseudo-thr", "--burn-in": "--method.burn-in"}
+DESCRIPTION = (
+    f"Trains a detector on labelled and unlabelled images. --method {{{','.join(METHODS)}}} chooses the method and its options, the family "
+    "of --model (own: and hf: are detection transformers) the optimizer; defaults shown here are those of the choices made. "
+    "--config RUN.yaml starts from a written config, --thr and --burn-in are short for the options of the method, --resume and --no-resume "
+    "for --resume yes and no."
+)
 SWITCHES = {"--resume": ("--resume", "yes"), "--no-resume": ("--resume", "no")}
 
 
@@ -41,9 +48,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig[Any]:
     parsed: TrainConfig[Any] = tyro.cli(
         kind[type(default.method)],
         prog="ssod-fast train",
-        description="Trains a detector on labelled and unlabelled images. --method {supervised,mixpl} chooses the method and its options, "
-        "--config RUN.yaml starts from a written config, --thr and --burn-in are short for the options of the method, --resume and "
-        "--no-resume for --resume yes and no.",
+        description=DESCRIPTION,
         args=_expand(rest),
         default=default,
     )

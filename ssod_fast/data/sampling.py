@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .records import DetectionData, ImageRecord
 from .resample import LabeledResampler, RepeatFactors
-from .streams import GroupOrder, Stream, aspect_groups, bernoulli_counts
+from .streams import GroupOrder, Stream, aspect_groups, bernoulli_counts, expected_labeled
 
 LOG = logging.getLogger(__name__)
 
@@ -109,9 +109,13 @@ class Sampler:
     def epochs(self, iteration: int) -> tuple[float, float]:
         """Passes over the labelled and the unlabelled set up to an iteration, all ranks together (on average, if counts are drawn)."""
         config = self.config
-        images = iteration * config.world_size
-        labeled = images * config.labeled_per_batch / sum(len(s) for s in self.labeled)
-        return labeled, images * config.unlabeled_per_batch / self.unlabeled_count if self.unlabeled_count else 0.0
+        batches = iteration * config.world_size
+        labeled, unlabeled = float(config.labeled_per_batch), float(config.unlabeled_per_batch)
+        if config.sampling == "bernoulli":
+            drawn = expected_labeled(config.labeled_per_batch, config.unlabeled_per_batch)
+            labeled, unlabeled = drawn, labeled + unlabeled - drawn
+        passes = batches * labeled / sum(len(s) for s in self.labeled)
+        return passes, batches * unlabeled / self.unlabeled_count if self.unlabeled_count else 0.0
 
 
 def _check_sets(labeled: DetectionData, unlabeled: Sequence[ImageRecord] | None, config: SamplingConfig) -> None:

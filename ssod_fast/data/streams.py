@@ -81,6 +81,13 @@ def bernoulli_counts(seed: int, rank: int, iteration: int, labeled: int, unlabel
     return drawn, total - drawn
 
 
+def expected_labeled(labeled: int, unlabeled: int) -> float:
+    """Mean of the first number of :func:`bernoulli_counts`."""
+    total = labeled + unlabeled
+    share = labeled / total
+    return total * share + (1 - share) ** total - share**total
+
+
 def aspect_groups(sizes: Sequence[tuple[int, int] | None]) -> NDArray[np.int64]:
     """int64 [n]: 0 for w < h, 1 for w >= h; unknown sizes count as 1."""
     return np.array([1 if size is None or size[1] >= size[0] else 0 for size in sizes], np.int64)

@@ -16,13 +16,11 @@ from ssod_fast.methods import METHODS
 
 from .files import write_text
 from .optim import OptimizerConfig, ScheduleConfig
-from .tree import ConfigError, from_tree, nearest, to_tree
+from .presets import merged, method_defaults, run_defaults
+from .tree import ConfigError, from_tree, to_tree
 
 M = TypeVar("M")
 
-# Score thresholds of MixPL's released configs, by detector family. The released FCOS scores a box by class times centerness, torchvision's
-# by the square root of that product: 0.3 there is 0.55 here.
-MIXPL_THRESHOLDS = {"fcos": 0.55, "retinanet": 0.4, "fasterrcnn": 0.7}
 # Keys that say where and how long a run goes on, not what it computes: they may change on resume.
 FREE_KEYS = ("out", "name", "resume", "overwrite", "dry_run", "workers", "cache_mb", "threads", "report", "log_every", "preview_images")
 
@@ -40,7 +38,8 @@ class TrainConfig(Generic[M]):
     # Set for evaluation; by default the val split of the labelled folder, if it has one.
     val: Path | None = None
 
-    # torchvision:NAME, for example torchvision:fcos_mobilenet_v2_fpn, or package.module:callable.
+    # torchvision:NAME, for example torchvision:fcos_mobilenet_v2_fpn; own:NAME, for example own:dino_resnet50; hf:PATH, a detection
+    # transformer of transformers; or package.module:callable.
     model: str = "torchvision:fcos_resnet50_fpn"
     # Arguments of the model as name=value, for example fpn_channels=128.
     model_options: tuple[str, ...] = ()
@@ -55,11 +54,14 @@ class TrainConfig(Generic[M]):
     iters: int = 10_000
     # Labelled:unlabelled images per step and process.
     batch: str = "1:4"
+    # fixed: that many of each in every step. bernoulli: each image of a step is labelled with that probability, and at least one of each is
+    # there (SoftTeacher, Semi-DETR: 1.33 + 3.67 on average for 1:4).
+    batch_draw: Literal["fixed", "bernoulli"] = "fixed"
     # Steps of the method whose gradients are added up before an optimizer step.
     accumulate: int = 1
     # Learning rate, used as it is; without it the recipe's, see scale_lr.
     lr: float | None = None
-    # Scale the recipe's learning rate linearly with the batch.
+    # Scale the recipe's learning rate with the batch; optimizer.lr_scaling says how.
     scale_lr: bool = True
     # auto: bf16 on a GPU that has it, fp32 on the CPU.
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -207,12 +209,16 @@ def resolve(config: TrainConfig[M]) -> TrainConfig[M]:
         changes["method"] = _fit_method(config.method, unlabeled, config)
     else:
         changes["batch"] = str(labeled)
+    if config.batch_draw == "bernoulli" and config.method_name in ("supervised", "mixpl"):
+        raise ConfigError(f"batch_draw must be fixed for --method {config.method_name}, whose batches are all alike, got 'bernoulli'")
     return dataclasses.replace(config, **changes)
 
 
 def _fit_method(method: Any, unlabeled: int, config: TrainConfig[Any]) -> Any:
     """Options of the method that follow from the batch, the seed and the view sizes."""
     changes: dict[str, Any] = {"unlabeled_batch": unlabeled, "seed": config.seed}
+    if getattr(method, "switch_at", 0) is None:
+        changes["switch_at"] = config.iters // 2  # the first half of all published schedules
     default = type(method)()
     if getattr(default, "mosaic_shape", None) == getattr(method, "mosaic_shape", None) and config.views != ViewConfig():
         # Official tiles run from the smallest short side of a view to the test size.
@@ -236,21 +242,6 @@ def refuse_overridden(config: TrainConfig[Any], before: Any) -> None:
         given = getattr(config.method, name, value)
         if given not in (value, getattr(before, name, given)):
             raise ConfigError(f"method.{name} follows from {source} ({value} here) and cannot be {given}: leave it out and set --{source}")
-
-
-def method_defaults(name: str, model: str) -> Any:
-    """The method's options with the preset for a detector family.
-
-    Raises:
-        ConfigError: no such method.
-    """
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{nearest(name, list(METHODS))}")
-    options = METHODS[name][0]()
-    if name == "mixpl":
-        thresholds = (thr for family, thr in MIXPL_THRESHOLDS.items() if family in model)
-        return dataclasses.replace(options, cls_pseudo_thr=next(thresholds, MIXPL_THRESHOLDS["fasterrcnn"]))  # type: ignore[arg-type]
-    return options
 
 
 def to_yaml(config: TrainConfig[Any]) -> str:
@@ -290,11 +281,14 @@ def read_tree(path: Path) -> dict[str, Any]:
 def config_from_tree(tree: Mapping[str, Any]) -> TrainConfig[Any]:
     """A config from a tree; `method` is a name or a mapping with `name` and options.
 
+    What the tree leaves out comes from the presets of the method and of the detector family, then from the defaults of the fields.
+
     Raises:
         ConfigError: see :func:`ssod_fast.training.tree.from_tree`.
     """
     tree = dict(tree)
     name, options = split_method(tree.get("method", "mixpl"))
+    tree = merged(run_defaults(name, tree.get("model")), tree)
     default = method_defaults(name, str(tree.get("model", TrainConfig.model)))
     tree["method"] = from_tree(type(default), {**to_tree(default), **options}, "method")
     config = from_tree(TrainConfig, tree, types_of={"method": type(default)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,12 +33,16 @@ class OptimizerConfig:
     # Labelled images per step that the published learning rate belongs to (MixPL: 8 GPUs, each with 1 labelled and 4 unlabelled images).
     # Labelled ones, so that a supervised run of the same settings has the same rate.
     reference_batch: int = 8
+    # How the learning rate follows the batch: "linear", or with its square root, which suits AdamW better (arXiv 2205.10287).
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
     # The published learning rates (SGD 0.01, AdamW 1e-4) at the reference batch; None picks by name.
     reference_lr: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
             raise ValueError(f'optimizer.name must be "sgd" or "adamw", got {self.name!r}')
+        if self.lr_scaling not in ("linear", "sqrt"):
+            raise ValueError(f'optimizer.lr_scaling must be "linear" or "sqrt", got {self.lr_scaling!r}')
         for name in ("weight_decay", "clip_norm", "backbone_lr_scale", "momentum"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
@@ -45,9 +50,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.reference_batch must be at least 1, got {self.reference_batch}")
 
     def learning_rate(self, labeled: int, scale: bool) -> float:
-        """The recipe's learning rate, scaled linearly with the labelled images per step if wanted."""
+        """The recipe's learning rate, scaled with the labelled images per step if wanted."""
         base = self.reference_lr if self.reference_lr is not None else {"sgd": 0.01, "adamw": 1e-4}[self.name]
-        return base * labeled / self.reference_batch if scale else base
+        ratio = labeled / self.reference_batch if scale else 1.0
+        return base * (math.sqrt(ratio) if self.lr_scaling == "sqrt" else ratio)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ssod_fast.data.loader import LoaderConfig, TrainLoader
 from ssod_fast.methods import SemiSupervisedDetector, StepOutput
 
 from .backward import TrainingDriver, average_gradients, broadcast_weights, make_accelerator, pick_precision, wrap_for_processes
+from .banner import banner
 from .build import build_method, build_student
 from .checkpoint import gather_ranks, rng_state, save_last, set_rng_state
 from .config import TrainConfig, resolve, tree_of
@@ -151,6 +152,7 @@ class Trainer:
             LoaderConfig(
                 labeled_per_batch=labeled,
                 unlabeled_per_batch=unlabeled if semi else 0,
+                sampling=config.batch_draw,
                 seed=config.seed,
                 rank=self.rank,
                 world_size=self.processes,
@@ -167,37 +169,20 @@ class Trainer:
 
     def _banner(self, start: RunStart) -> None:
         config, data = self.config, self.data
-        steps = config.iters * config.accumulate
-        passes = self.loader.sampler.epochs(steps)
-        shares = f"{config.accumulate} accumulated x {self.processes} process{'es' if self.processes > 1 else ''}"
-        unlabeled = len(data.unlabeled or [])
-        counts = dict(zip(self.classes, data.labeled.class_counts(), strict=True))
-        rows = [
-            ("run", f"{config.folder}" + (f", continued at iteration {self.it}" if start.kind == "resume" else "")),
-            ("method", f"{config.method_name} on {config.model}"),
-            ("images", f"{len(data.labeled)} labelled, {unlabeled} unlabelled, {len(data.val or [])} for evaluation"),
-            ("split", f"{config.percent:g} % fold {config.fold}, ids {str(data.split_hash)[:12]}" if config.percent else None),
-            ("classes", f"{len(self.classes)}: {', '.join(self.classes[:12])}{', ...' if len(self.classes) > 12 else ''}"),
-            ("steps", f"{config.iters} of {config.total_batch(self.processes)} images: {config.batch} x {shares}"),
-            ("passes", f"{passes[0]:.1f} over the labelled, {passes[1]:.1f} over the unlabelled images"),
-            ("lr", f"{self.lr:.3g} ({config.optimizer.name})"),
-            ("precision", f"{self.precision_note} on {self.device}"),
-            ("weights", str(config.weights or config.backbone_weights or config.init_from or "random")),
-            ("evaluation", f"{self.referee.description}, every {config.eval_every} iterations, scores above {config.score_thr:g}"),
-            ("hidden truth", f"of {len(data.hidden)} images, for the monitor only" if data.hidden is not None else None),
-            ("seed", str(config.seed)),
-        ]
-        self.console.say(table(rows))
+        passes = self.loader.sampler.epochs(config.iters * config.accumulate)
+        said = {"precision": f"{self.precision_note} on {self.device}", "evaluation": self.referee.description}
+        self.console.say(banner(config, data, it=self.it, processes=self.processes, passes=passes, lr=self.lr, **said))
         for note in data.notes:
             self.console.say(note)
         if start.kind == "new":
+            counts = dict(zip(self.classes, data.labeled.class_counts(), strict=True))
             self.log.write(
                 "run",
                 name=config.run_name,
                 method=config.method_name,
                 classes=self.classes,
                 labeled=len(data.labeled),
-                unlabeled=unlabeled,
+                unlabeled=len(data.unlabeled or []),
                 split_hash=data.split_hash,
                 seed=config.seed,
                 config=tree_of(config),

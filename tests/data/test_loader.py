@@ -33,7 +33,7 @@ from ssod_fast.data import (
     write_scenes,
 )
 from ssod_fast.data.sampling import Sampler, SamplingConfig
-from ssod_fast.data.streams import GROUP_BLOCK, GroupOrder, Stream, bernoulli_counts
+from ssod_fast.data.streams import GROUP_BLOCK, GroupOrder, Stream, bernoulli_counts, expected_labeled
 
 VIEWS = ViewConfig(short_side=(24, 40), max_side=64, test_short_side=32)
 
@@ -161,6 +161,13 @@ def test_bernoulli_counts() -> None:
     drawn = [bernoulli_counts(0, 0, i, 1, 4) for i in range(4000)]
     assert all(a + b == 5 and a >= 1 and b >= 1 for a, b in drawn)
     assert np.mean([a for a, _ in drawn]) == pytest.approx(1.327, abs=0.03)
+    assert expected_labeled(1, 4) == pytest.approx(1.32736)
+    assert expected_labeled(4, 4) == 4
+
+
+def test_passes_of_drawn_batches(scenes: DetectionData) -> None:
+    drawn = config(labeled_per_batch=1, unlabeled_per_batch=4, sampling="bernoulli", world_size=2)
+    assert Sampler(scenes, scenes.records, drawn).epochs(10) == pytest.approx((1.32736, 3.67264))
 
 
 def test_bernoulli_batches(scenes: DetectionData) -> None:

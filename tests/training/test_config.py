@@ -12,7 +12,6 @@ from ssod_fast.methods import MixPLConfig, SupervisedConfig
 from ssod_fast.training.config import (
     TrainConfig,
     config_from_tree,
-    method_defaults,
     parse_batch,
     read_tree,
     resolve,
@@ -21,6 +20,7 @@ from ssod_fast.training.config import (
     write_config,
 )
 from ssod_fast.training.optim import OptimizerConfig, ScheduleConfig
+from ssod_fast.training.presets import merged, method_defaults, run_defaults
 from ssod_fast.training.tree import ConfigError
 
 
@@ -119,6 +119,57 @@ def test_threshold_preset_by_detector_family() -> None:
     assert method_defaults("mixpl", "torchvision:retinanet_resnet50_fpn").cls_pseudo_thr == 0.4
     assert method_defaults("mixpl", "my.module:make").cls_pseudo_thr == 0.7
     assert method_defaults("supervised", "x") == SupervisedConfig()
+
+
+DETR = {"name": "adamw", "weight_decay": 1e-4, "clip_norm": 0.1, "backbone_lr_scale": 0.1, "lr_scaling": "sqrt"}
+
+
+@pytest.mark.parametrize("model", ["own:dino_resnet50", "own:deformable_detr_mobilenet_v2", "hf:some/folder"])
+@pytest.mark.parametrize("method", ["supervised", "mixpl"])
+def test_detection_transformers_get_their_optimizer(method: str, model: str) -> None:
+    config = config_from_tree({"labeled": "x", "method": method, "model": model})
+    assert {name: getattr(config.optimizer, name) for name in DETR} == DETR
+    if method == "mixpl":
+        assert config.method.cls_pseudo_thr == 0.4
+        assert config.views == ViewConfig()
+    else:
+        assert (config.views.short_side, config.views.erase_patches) == ((480, 800), (1, 5))
+    assert resolve(config_from_tree(tree_of(resolve(config)))) == resolve(config)
+
+
+def test_settings_of_the_user_come_before_presets() -> None:
+    optimizer = {"name": "sgd", "clip_norm": 20.0}
+    tree = {
+        "labeled": "x",
+        "method": "supervised",
+        "model": "own:dino_resnet50",
+        "optimizer": optimizer,
+        "views": {"short_side": [90, 120]},
+    }
+    config = config_from_tree(tree)
+    assert (config.optimizer.name, config.optimizer.clip_norm, config.optimizer.backbone_lr_scale) == ("sgd", 20.0, 0.1)
+    assert (config.views.short_side, config.views.max_side) == ((90, 120), 1333)
+    assert config_from_tree({**tree, "views": {"erase_patches": None}}).views.erase_patches is None
+    plain = config_from_tree({"labeled": "x", "method": "supervised", "model": "my.own:detector"})
+    assert (plain.optimizer, plain.views) == (OptimizerConfig(), ViewConfig())
+    with pytest.raises(ConfigError, match="optimizer must be a mapping, got 3"):
+        config_from_tree({**tree, "optimizer": 3})
+
+
+def test_presets_of_methods() -> None:
+    assert run_defaults("mixpl", None) == run_defaults("supervised", "torchvision:fcos_tiny_fpn") == {}
+    semi = run_defaults("semi_detr", None)
+    assert semi["model"] == "own:dino_resnet50"
+    assert semi["optimizer"] == run_defaults("semi_detr", "my.module:detr")["optimizer"] == DETR
+    assert "model" not in run_defaults("semi_detr", "my.module:detr")
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}, "e": 5}) == {"a": {"b": 1, "c": 4}, "d": 3, "e": 5}
+    assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+def test_drawn_batches_are_refused_where_all_are_alike() -> None:
+    for method in ("mixpl", "supervised"):
+        with pytest.raises(ConfigError, match=rf"batch_draw must be fixed for --method {method}, .* got 'bernoulli'"):
+            resolve(config_from_tree({"labeled": "x", "method": method, "batch_draw": "bernoulli"}))
 
 
 def test_batch_and_model_options() -> None:

@@ -41,6 +41,8 @@ def test_warmup_then_constant_then_drops() -> None:
 def test_learning_rate_follows_the_batch() -> None:
     assert OptimizerConfig().learning_rate(1, scale=True) == pytest.approx(0.00125)
     assert OptimizerConfig(name="adamw").learning_rate(1, scale=False) == 1e-4
+    root = OptimizerConfig(name="adamw", lr_scaling="sqrt")
+    assert (root.learning_rate(8, True), root.learning_rate(2, True), root.learning_rate(2, False)) == pytest.approx((1e-4, 5e-5, 1e-4))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -111,6 +113,8 @@ def test_clipping() -> None:
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match=r"optimizer.name must be .* got 'rmsprop'"):
         OptimizerConfig(name="rmsprop")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r'optimizer.lr_scaling must be "linear" or "sqrt", got \'cubic\''):
+        OptimizerConfig(lr_scaling="cubic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"optimizer.clip_norm must not be negative, got -1"):
         OptimizerConfig(clip_norm=-1)
     with pytest.raises(ValueError, match=r"schedule.milestones must be shares of the run"):

@@ -18,6 +18,7 @@ from ssod_fast.training import trainer as trainer_module
 from ssod_fast.training.checkpoint import load_detector, load_last
 from ssod_fast.training.config import TrainConfig, config_from_tree, read_tree, resolve
 from ssod_fast.training.metrics import read_lines
+from ssod_fast.training.optim import OptimizerConfig
 from ssod_fast.training.quality import HiddenTruth
 from ssod_fast.training.sets import DataError, load_sets
 from ssod_fast.training.trainer import Trainer, TrainingFailed, train
@@ -248,6 +249,15 @@ def test_bf16_on_the_cpu(make_config: MakeConfig) -> None:
     train(config)
     assert all(line["loss"] is not None for line in of_type(config.folder, "train"))
     assert of_type(config.folder, "run") == [] or True
+
+
+def test_banner_says_what_was_chosen(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = OptimizerConfig(name="adamw", clip_norm=0.1, backbone_lr_scale=0.5)
+    train(make_config("supervised", dry_run=True, batch="2", optimizer=optimizer))
+    said = capsys.readouterr().err
+    assert "lr            0.01 (adamw, weight decay 0.0001, gradients clipped to 0.1, backbone x 0.5)" in said
+    assert "steps         6 of 2 images: 2 x 1 accumulated x 1 process\n" in said
+    assert "stages" not in said
 
 
 def test_dry_run_writes_nothing(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
