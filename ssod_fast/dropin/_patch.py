@@ -179,7 +179,7 @@ def _is_bound(function: Any, module: nn.Module) -> bool:
 
 def _replica(module: nn.Module) -> nn.Module:
     """A replica, which shares all attributes of a module, but for functions that are bound to it: the replica has its own."""
-    replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
     attributes = vars(replica)
     del attributes[_REPLICATE]
     for name in attributes[_RECORD]:
