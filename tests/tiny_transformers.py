@@ -57,6 +57,13 @@ def d_fine(**options: Any) -> nn.Module:
     return DFineForObjectDetection(DFineConfig(backbone_config=resnet(RTDetrResNetConfig), **{**settings, **options}))
 
 
+def deimv2(**options: Any) -> nn.Module:
+    from transformers import Deimv2Config, Deimv2ForObjectDetection, RTDetrResNetConfig
+
+    settings = {**rt_detr_options(), "decoder_n_points": [3, 6, 3], "hidden_expansion": 0.5, "depth_mult": 0.34, "decoder_layers": 3}
+    return Deimv2ForObjectDetection(Deimv2Config(backbone_config=resnet(RTDetrResNetConfig), **{**settings, **options}))
+
+
 def rf_detr(**options: Any) -> nn.Module:
     from transformers import RfDetrConfig, RfDetrForObjectDetection
     from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
@@ -115,6 +122,7 @@ BUILD: dict[str, Callable[..., nn.Module]] = {
     "rt_detr": rt_detr,
     "rt_detr_v2": rt_detr_v2,
     "d_fine": d_fine,
+    "deimv2": deimv2,
     "rf_detr": rf_detr,
     "grounding_dino": grounding_dino,
     "mask2former": mask2former,

@@ -16,12 +16,22 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from transformers.loss import loss_deformable_detr, loss_for_object_detection, loss_grounding_dino, loss_lw_detr, loss_rt_detr, loss_utils
+from transformers.loss import (
+    loss_deformable_detr,
+    loss_deimv2,
+    loss_for_object_detection,
+    loss_grounding_dino,
+    loss_lw_detr,
+    loss_rt_detr,
+    loss_utils,
+)
 
 from ssod_fast.dropin import transformers as dropin
 from ssod_fast.dropin._patch import UnknownSurface
 from ssod_fast.dropin.transformers.labels import boxes_and_labels
 from ssod_fast.dropin.transformers.losses import DetrLoss, Loss
+from ssod_fast.dropin.transformers.rt_detr_losses import pairs_of_any_layer
+from ssod_fast.ops._matches import Matches
 
 CLEAN = "dn_num_split" in inspect.getsource(loss_rt_detr.RTDetrForObjectDetectionLoss).partition("auxiliary_loss")[0]
 FAMILIES = [name for name in BUILD if "former" not in name]
@@ -235,6 +245,34 @@ def test_losses_without_auxiliary_outputs(name: str) -> None:
     expected = learn(model, name, (3, 2))
     dropin.set_loss(model)
     assert_same(learn(model, name, (3, 2)), expected)
+
+
+@pytest.mark.parametrize("options", [{"use_dense_one_to_one": False}, {"mal_alpha": 0.6, "focal_loss_gamma": 1.5}], ids=str)
+def test_options_of_deimv2(options: dict[str, Any]) -> None:
+    model = build("deimv2", **options).train()
+    expected = learn(model, "deimv2", (3, 0))
+    dropin.set_loss(model)
+    assert_same(learn(model, "deimv2", (3, 0)), expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_of_all_layers(seed: int) -> None:
+    """Layers choose among few queries, so that they agree, disagree and tie; of equals transformers takes any, and we the first."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes, queries = (4, 0, 3), 6
+    query = torch.stack([torch.cat([torch.randperm(queries, generator=generator)[:n] for n in sizes]) for _ in range(5)])  # [L, G]
+    image, status = torch.tensor([0] * 4 + [2] * 3), torch.zeros(5, 1, 3, dtype=torch.uint8)
+    matches = Matches(query.unsqueeze(1), torch.zeros(5, 1, 7), status, image, queries, 3, offsets=torch.tensor([0, 4, 4, 7]))
+    votes = [torch.stack([(rows == q).sum(0) for q in range(queries)]) for rows in query.split(sizes, 1)]  # [Q, N] of each image
+    first, *others = [[(row, torch.arange(len(row))) for row in layer.split(sizes)] for layer in query]
+    theirs = loss_deimv2.Deimv2Loss._get_dense_o2o_indices(None, first, others)
+    for layer in range(5):
+        for ours, (q, chosen), count in zip(pairs_of_any_layer(matches).pairs(layer), theirs, votes, strict=True):
+            order = q.argsort()
+            assert torch.equal(ours[0], q[order])
+            assert torch.equal(count[ours], count[q, chosen][order])
+            first_best = [int((row == row.max()).int().argmax()) for row in count[ours[0]]]
+            assert ours[1].tolist() == first_best
 
 
 def detr_call() -> tuple[Any, ...]:

@@ -21,7 +21,8 @@ from ssod_fast.dropin import transformers as dropin
 from ssod_fast.dropin.transformers import attention, models
 
 PLACES = {
-    "deformable_detr": 3, "rt_detr": 2, "rt_detr_v2": 2, "d_fine": 3, "rf_detr": 2, "grounding_dino": 3, "mask2former": 1, "oneformer": 1,
+    "deformable_detr": 3, "rt_detr": 2, "rt_detr_v2": 2, "d_fine": 3, "deimv2": 3, "rf_detr": 2, "grounding_dino": 3, "mask2former": 1,
+    "oneformer": 1,
 }  # fmt: skip
 DOUBLE = ("deformable_detr", "rt_detr", "rt_detr_v2", "rf_detr", "grounding_dino")  # the others mix in float32 of their own
 SUFFIX = "MultiscaleDeformableAttention"
@@ -162,7 +163,7 @@ def test_patching_and_unpatching_twice_changes_nothing_more(name: str) -> None:
     assert all("forward" in vars(module) for module in wrappers(model))
     assert dropin.unpatch(model) == PLACES[name]
     assert dropin.unpatch(model) == 0
-    assert not any({"forward", _patch._RECORD} & vars(module).keys() for module in wrappers(model))
+    assert not any({"forward", _patch._RECORD, _patch._REPLICATE} & vars(module).keys() for module in wrappers(model))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

@@ -49,7 +49,9 @@ class Corners:
         return cls(corners[:number], references[:number], corners[-1], predictions["classes"][-1], layers)
 
 
-def fine_grained_loss(corners: Corners, boxes: Tensor, targets: PackedTargets, matches: Matches, norm: float, config: Any) -> Tensor:
+def fine_grained_loss(
+    corners: Corners, boxes: Tensor, targets: PackedTargets, matches: Matches, norm: Tensor | float, config: Any
+) -> Tensor:
     """Cross-entropy of the two offsets around each edge's target, weighted by the IoU of the pair.
 
     Args:

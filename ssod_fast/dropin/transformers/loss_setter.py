@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .._patch import Patched, Plan, UnknownSurface, check_parameters, require, restore
-from .losses import DeformableDetrLoss, DetrLoss, DFineLoss, GroundingDinoLoss, Loss, LwDetrLoss, RTDetrLoss
+from .losses import DeformableDetrLoss, DetrLoss, GroundingDinoLoss, Loss, LwDetrLoss
 from .models import check_version
+from .rt_detr_losses import DEIMv2Loss, DFineLoss, RTDetrLoss
 
 
 class _Family(NamedTuple):
@@ -34,6 +35,7 @@ _FAMILIES = {
     "RTDetrForObjectDetection": _Family(RTDetrLoss, _RT_DETR),
     "RTDetrV2ForObjectDetection": _Family(RTDetrLoss, _RT_DETR),
     "DFineForObjectDetection": _Family(DFineLoss, _D_FINE),
+    "Deimv2ForObjectDetection": _Family(DEIMv2Loss, _D_FINE),
     "LwDetrForObjectDetection": _Family(LwDetrLoss, _LW_DETR),
     "RfDetrForObjectDetection": _Family(LwDetrLoss, _LW_DETR),
     "GroundingDinoForObjectDetection": _Family(GroundingDinoLoss, _GROUNDING_DINO),
@@ -58,8 +60,8 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
     others have none.
 
     Args:
-        model: DETR, Conditional DETR, DAB-DETR, Deformable DETR, YOLOS, RT-DETR, RT-DETRv2, D-FINE, LW-DETR, RF-DETR, Grounding DINO or
-            MM Grounding DINO, `...ForObjectDetection`, also as `torch.compile` and DistributedDataParallel wrap it.
+        model: DETR, Conditional DETR, DAB-DETR, Deformable DETR, YOLOS, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR, RF-DETR,
+            Grounding DINO or MM Grounding DINO, `...ForObjectDetection`, also as `torch.compile` and DistributedDataParallel wrap it.
         weights_key: key of the weights, float [N] in [0, 1], in the labels of an image. If no image has it, all weights are 1.
 
     Returns:
