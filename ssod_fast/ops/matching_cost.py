@@ -212,8 +212,7 @@ def cost_arguments(
         ValueError: as :func:`matching_cost`.
         TypeError: as :func:`matching_cost`.
     """
-    parse = _parse_options if torch.compiler.is_compiling() else _known_options
-    options = parse(class_mode, alpha, gamma, eps, w_class, w_box, w_giou, box_format, giou_eps_mode)
+    options = _options(class_mode, alpha, gamma, eps, w_class, w_box, w_giou, box_format, giou_eps_mode)
     if not (w_box or w_giou or (w_class and options.class_mode != NO_CLASS)) and extra_cost is None:
         raise ValueError("w_class, w_box and w_giou must not all be 0 (w_class counts as 0 for class_mode 'none'), got no term at all")
     logits, boxes = _check_predictions(logits, boxes, options.class_mode)
@@ -249,6 +248,7 @@ def _parse_options(
     giou_eps_mode: str,
 ) -> _Options:
     mode = _boxes._choice("class_mode", class_mode, CLASS_MODES)
+    _boxes._choice("giou_eps_mode", giou_eps_mode, _boxes.EPS_MODES)
     rule = _boxes.make_rule("giou", "xyxy", giou_eps_mode, None)
     fmt = _boxes._choice("box_format", box_format, _boxes.FORMATS)
     numbers = {"alpha": alpha, "gamma": gamma, "eps": eps, "w_class": w_class, "w_box": w_box, "w_giou": w_giou}
@@ -257,6 +257,15 @@ def _parse_options(
 
 
 _known_options = functools.lru_cache(maxsize=64)(_parse_options)  # a training step asks for the same ones each time
+
+
+def _options(*given: Any) -> _Options:
+    if torch.compiler.is_compiling():
+        return _parse_options(*given)
+    try:
+        return _known_options(*given)
+    except TypeError:  # a list, which has no hash: the message shall name it
+        return _parse_options(*given)
 
 
 def _computable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -379,6 +379,7 @@ def test_bad_input() -> None:
         ({"invalid": "ignore"}, "invalid must be one of 'keep', 'drop', 'raise', got 'ignore'"),
         ({"ties": "lapjv"}, "ties must be one of 'scipy', 'any', got 'lapjv'"),
         ({"class_mode": "bce"}, "class_mode must be one of"),
+        ({"class_mode": ["focal"]}, r"class_mode must be one of .*, got \['focal'\]"),
         ({"gamma": -1.0}, "gamma must be a finite number >= 0, got -1.0"),
         ({"w_class": 0, "w_box": 0, "w_giou": 0}, "w_class, w_box and w_giou must not all be 0"),
     ]

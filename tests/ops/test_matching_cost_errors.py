@@ -23,7 +23,10 @@ def test_bad_options() -> None:
     for options, message in (
         ({"class_mode": "ce"}, "class_mode must be one of 'focal', 'focal_logits', 'softmax', 'prob', 'none', got 'ce'"),
         ({"box_format": "yxyx"}, "box_format must be one of 'xyxy', 'xywh', 'cxcywh', got 'yxyx'"),
-        ({"giou_eps_mode": "tiny"}, "eps_mode must be one of"),
+        ({"class_mode": ["focal"]}, r"class_mode must be one of 'focal', .*, got \['focal'\]"),
+        ({"box_format": {}}, r"box_format must be one of 'xyxy', 'xywh', 'cxcywh', got \{\}"),
+        ({"w_box": [5.0]}, r"w_box must be a finite number, got \[5\.0\]"),
+        ({"giou_eps_mode": "tiny"}, "^giou_eps_mode must be one of"),
         ({"gamma": -1}, "gamma must be a finite number >= 0, got -1"),
         ({"eps": 0.0}, r"eps must lie in 1e-37 \.\. 0\.01, got 0\.0"),
         ({"alpha": math.nan}, "alpha must be a finite number, got nan"),
