@@ -43,7 +43,7 @@ def install_as(name: str, *, deterministic: bool | None = None) -> Patched:
         TypeError: if `deterministic` is neither a bool nor None.
         UnknownSurface: if a module of that name is loaded and has no such functions.
     """
-    if name not in _EXTENSIONS:
+    if not isinstance(name, str) or name not in _EXTENSIONS:
         raise ValueError(f"name must be one of {', '.join(map(repr, _EXTENSIONS))}, got {name!r}")
     check_switch("deterministic", deterministic, optional=True)
     plan = Plan(".undo() of what the first has returned", deterministic=deterministic)

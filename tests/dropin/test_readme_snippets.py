@@ -18,8 +18,8 @@ from torch import Tensor, nn
 README = Path(__file__).resolve().parents[2] / "README.md"
 SECTION = README.read_text().split("## Drop-ins\n")[1].split("\n## ")[0]
 SURFACES = (
-    "patch", "register", "patch_matchers", "set_loss", "torchvision", "mmcv", "detrex", "deformable_detr", "rtdetr", "rfdetr",
-    "ultralytics",
+    "patch", "register", "patch_matchers", "set_loss", "torchvision", "mmcv", "detrex", "groundingdino", "deformable_detr", "rtdetr",
+    "rfdetr", "ultralytics",
 )  # fmt: skip
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.S)
 
@@ -116,6 +116,17 @@ def test_without_an_extension(name: str, standins: None) -> None:
     run(name.split(".")[0])
     try:
         assert ops_in(kernel_function(importlib.import_module(name))) == {"ms_deform_attn", "ms_deform_attn_backward"}
+    finally:
+        package.unpatch()
+
+
+def test_groundingdino(standins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("ssod_fast.dropin.groundingdino")
+    call = kernel_function(importlib.import_module("groundingdino.models.GroundingDINO.ms_deform_attn"))
+    enter(monkeypatch, "groundingdino.util")
+    enter(monkeypatch, "groundingdino.util.inference", load_model=lambda config, weights: call)
+    try:
+        assert ops_in(run("groundingdino")["model"]) == {"ms_deform_attn", "ms_deform_attn_backward"}
     finally:
         package.unpatch()
 
