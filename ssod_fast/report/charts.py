@@ -71,8 +71,19 @@ def _dash(run: Run, role: str) -> str:
 
 def accuracy(runs: Sequence[Run]) -> list[Panel | None]:
     """AP curves of both models and the AP of every class at the end."""
-    curves = [plots.lines(f"ap_{m.lower()}", title, _role_curves(runs, m), span=(0, None)) for m, title in METRIC_NAMES.items()]
+    marks = _switches(runs)
+    caption = "Dotted: from here on each object is matched with one query." if marks else ""
+    curves = [
+        plots.lines(f"ap_{m.lower()}", title, _role_curves(runs, m), span=(0, None), marks=marks, caption=caption)
+        for m, title in METRIC_NAMES.items()
+    ]
     return [*curves, _size_ap(runs), _class_ap(runs)]
+
+
+def _switches(runs: Sequence[Run]) -> list[float]:
+    """Iterations at which runs pass from one-to-many to one-to-one matching, of those that came so far."""
+    found = ((run, number(run.config.get("method.switch_at"))) for run in runs)
+    return sorted({it for run, it in found if 0 < it < run.last_iteration})
 
 
 def _size_ap(runs: Sequence[Run]) -> Panel | None:
@@ -126,6 +137,7 @@ def pseudo_over_time(runs: Sequence[Run]) -> list[Panel | None]:
     """Precision, recall, box quality, counts, gates and the best score."""
     gates = [*_pseudo_curves(runs, "gate", name=" mixup gate"), *_pseudo_curves(runs, "mosaic_gate", "--", " mosaic gate")]
     best = [*_pseudo_curves(runs, "max_score"), *_quality_curves(runs, "thr", dash=":", name=" threshold")]
+    mined = [*_pseudo_curves(runs, "mined_per_image", name=" mined"), *_pseudo_curves(runs, "reliable_per_image", "--", " reliable")]
     return [
         plots.lines(
             "pseudo_precision",
@@ -151,6 +163,14 @@ def pseudo_over_time(runs: Sequence[Run]) -> list[Panel | None]:
             span=(-0.02, 1.05),
             caption="Solid: mixup, dashed: mosaic. A shut gate switches the pseudo-label loss off.",
         ),
+        plots.lines(
+            "pseudo_mined",
+            "Boxes mined by their matching cost, per image",
+            mined,
+            span=(0, None),
+            caption="Dashed: boxes above their image's own score threshold, solid: those of them that the student matches at a low cost.",
+        ),
+        plots.lines("pseudo_cost", "Highest cost at which a box is mined", _pseudo_curves(runs, "cost_thr")),
         plots.lines("pseudo_score", "Highest teacher score", best, span=(0, 1.02), caption="Dotted: threshold of the score filter."),
     ]
 

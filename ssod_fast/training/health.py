@@ -24,12 +24,14 @@ class Health:
         score_thr: score above which the method keeps a pseudo box.
         boxes_per_labeled: mean number of boxes on a labelled image.
         workers: loader processes, for the advice on slow data.
+        burn_in: whether the method can begin with labelled images alone, for the advice on missing pseudo labels.
     """
 
     classes: Sequence[str]
     score_thr: float
     boxes_per_labeled: float
     workers: int = 0
+    burn_in: bool = True
     _active: set[str] = field(default_factory=set)
     _silent_since: int | None = None
     _best_score: float = 0.0
@@ -101,8 +103,13 @@ class Health:
         quiet = it - self._silent_since
         if quiet < SILENT_ITERATIONS:
             return {}
-        best = f"best teacher score {self._best_score:.2f} is below thr {self.score_thr:g}"
-        return {"silent": f"no pseudo label for {quiet} iterations: {best}; burn in longer (--burn-in) or lower --thr"}
+        best = f"best teacher score {self._best_score:.2f}"
+        if self._best_score > self.score_thr:
+            return {
+                "silent": f"no pseudo label for {quiet} iterations: {best} is above thr {self.score_thr:g}, other filters let none pass"
+            }
+        advice = "burn in longer (--burn-in) or lower --thr" if self.burn_in else "lower --thr"
+        return {"silent": f"no pseudo label for {quiet} iterations: {best} is below thr {self.score_thr:g}; {advice}"}
 
     def _gate(self, it: int, pseudo: Mapping[str, Any]) -> dict[str, str]:
         if pseudo.get("gate") != 0 or pseudo["kept_per_image"] == 0:

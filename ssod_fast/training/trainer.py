@@ -138,7 +138,7 @@ class Trainer:
         self.monitor = PseudoMonitor(self.classes, self.score_thr, data.hidden, self.device)
         self.referee = Referee(config, data, self.device, self.rank, self.processes)
         boxes = sum(len(t["labels"]) for t in data.labeled.targets) / len(data.labeled)
-        self.health = Health(self.classes, self.score_thr or 0.0, boxes, config.workers)
+        self.health = Health(self.classes, self.score_thr or 0.0, boxes, config.workers, hasattr(config.method, "burn_in"))
         self._seconds = self._data_seconds = self._elapsed = 0.0
         self._skipped_before = 0
 

@@ -62,7 +62,7 @@ def _run_line(name: str, method: str, seed: int, iters: int, classes: list[str])
         "name": name,
     }
     if method != "supervised":
-        config["method"] |= {"cls_pseudo_thr": 0.4, "cache_size": 8}
+        config["method"] |= {"cls_pseudo_thr": 0.4, **({"switch_at": iters // 2} if method == "semi_detr" else {"cache_size": 8})}
     head = {
         "type": "run",
         "name": name,
@@ -79,12 +79,9 @@ def _train_line(rng: random.Random, it: int, iters: int, method: str) -> dict:
     losses = {f"sup/{term}": base * (0.25 + 0.75 * fall) * rng.uniform(0.85, 1.15) for term, base in _TERMS}
     line = {"type": "train", "it": it, "time": it * 0.28, "lr": 0.02 * min(1.0, it / 50), "it_per_s": rng.uniform(3.2, 3.8)}
     if method != "supervised":
-        losses |= {
-            f"{kind}/{term}": 0.6 * base * (0.4 + 0.6 * fall) * rng.uniform(0.7, 1.3)
-            for kind in ("mixup", "mosaic")
-            for term, base in _TERMS
-        }
-        line["pseudo"] = _pseudo(rng, it / iters)
+        kinds = ("unsup",) if method == "semi_detr" else ("mixup", "mosaic")
+        losses |= {f"{kind}/{term}": 0.6 * base * (0.4 + 0.6 * fall) * rng.uniform(0.7, 1.3) for kind in kinds for term, base in _TERMS}
+        line["pseudo"] = _pseudo(rng, it / iters, method)
     split = {"data": 0.05, "teacher": 0.2, "mix": 0.02, "student": 0.63, "optimizer": 0.1}
     return line | {"loss": sum(losses.values()), "losses": losses, "time_split": split}
 
@@ -92,10 +89,13 @@ def _train_line(rng: random.Random, it: int, iters: int, method: str) -> dict:
 _TERMS = (("classification", 1.1), ("bbox_regression", 0.7), ("bbox_ctrness", 0.68))
 
 
-def _pseudo(rng: random.Random, share: float) -> dict:
+def _pseudo(rng: random.Random, share: float, method: str) -> dict:
     kept = max(0.0, 3.2 * share + rng.uniform(-0.5, 0.5))
-    gates = {"gate": float(kept > 0.6 and rng.random() < 0.85), "mosaic_gate": float(kept > 0.3)}
-    return {"raw_per_image": 60 - 30 * share, "kept_per_image": kept, "max_score": min(0.97, 0.3 + 0.7 * share)} | gates
+    common = {"raw_per_image": 60 - 30 * share, "kept_per_image": kept, "max_score": min(0.97, 0.3 + 0.7 * share)}
+    if method == "semi_detr":  # nothing is mined in the second stage
+        mined = {"mined_per_image": 0.7 * kept, "cost_thr": -2.0 * share} if share < 0.5 else {}
+        return common | {"reliable_per_image": kept + 1} | mined
+    return common | {"gate": float(kept > 0.6 and rng.random() < 0.85), "mosaic_gate": float(kept > 0.3)}
 
 
 def _metrics(rng: random.Random, level: float, classes: list[str]) -> dict:

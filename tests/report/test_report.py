@@ -179,6 +179,25 @@ def test_sections_hold_every_promised_figure(pair):
     assert keys == wanted | {"ap_ap75", "pseudo_raw", "pseudo_score"}
 
 
+def test_methods_without_gates_have_their_own_figures(tmp_path, pair, write_run):
+    runs = read_runs([pair[0], write_run(tmp_path / "semi_detr", method="semi_detr")])
+    panels = {panel.key: panel for section in sections(runs) for panel in section.panels}
+    assert panels.keys() >= {"pseudo_count", "pseudo_mined", "pseudo_cost", "loss_unsup_classification"}
+    assert "pseudo_gate" not in panels
+    assert panels["ap_ap50"].caption == "Dotted: from here on each object is matched with one query."
+    assert "semi_detr reliable" in panels["pseudo_mined"].alt
+    assert not any("was on in" in sentence for sentence in verdict(runs))
+    assert any("AP50 points above the supervised baseline" in sentence for sentence in verdict(runs))
+
+
+def test_no_switch_is_marked_that_the_run_did_not_reach(tmp_path, write_run):
+    short = write_run(tmp_path / "short", method="semi_detr", iters=600)
+    text = (short / "metrics.jsonl").read_text().replace('"switch_at": 300', '"switch_at": 900')
+    (short / "metrics.jsonl").write_text(text)
+    panels = {panel.key: panel for section in sections(read_runs([short])) for panel in section.panels}
+    assert panels["ap_ap50"].caption == ""
+
+
 def test_figures_are_saved_in_plain_colours(overlay):
     saved = sorted((overlay.parent / "plots").glob("*.svg"))
     assert len(saved) > 20

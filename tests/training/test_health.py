@@ -36,6 +36,16 @@ def test_no_pseudo_labels_for_200_iterations(health: Health) -> None:
     assert [m for it in range(350, 650, 50) for m in health.after_log(it, log(kept=0.0))] != []  # it came back
 
 
+def test_no_pseudo_labels_of_a_method_with_other_filters() -> None:
+    health = Health(["cat"], score_thr=0.4, boxes_per_labeled=7.0, burn_in=False)
+    silent = {"kept_per_image": 0.0, "max_score": 0.3}
+    messages = [m for it in (0, 200) for m in health.after_log(it, log(pseudo=silent))]
+    assert messages == ["no pseudo label for 200 iterations: best teacher score 0.30 is below thr 0.4; lower --thr"]
+    health.after_log(250, log(kept=1.0))
+    messages = [m for it in (300, 500) for m in health.after_log(it, log(pseudo={**silent, "max_score": 0.9}))]
+    assert messages == ["no pseudo label for 200 iterations: best teacher score 0.90 is above thr 0.4, another filter takes all"]
+
+
 def test_gate_shut(health: Health) -> None:
     messages = [m for it in range(0, 300, 50) for m in health.after_log(it, log(kept=1.5, gate=0.0))]
     assert len(messages) == 1
