@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Shapes = Tensor | Sequence[Sequence[int]]
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
@@ -108,6 +109,12 @@ def check_offset_scale(scale: Any) -> float:
     if not -math.inf < number < math.inf:
         raise ValueError(f"offset_scale must be finite, got {scale}")
     return number
+
+
+def refuse_tangents(name: str, *tensors: Tensor) -> None:
+    """Refuses input of forward-mode differentiation, whose tangents the op called `name` would drop without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{name}: forward-mode differentiation is not implemented")
 
 
 def check_grad_output(grad: Any, value: Tensor, queries: int) -> None:

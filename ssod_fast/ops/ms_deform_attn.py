@@ -34,8 +34,8 @@ def ms_deform_attn(
 
     Positions, weights and sums are float32 whatever the dtype of `value` (float64 for float64), rounded once at the end. A bilinear sample
     one pixel or more outside of its level, or at a NaN, contributes exactly 0 and gets no gradient. Sizes that are on the device are not
-    read by the host: where they do not fit `value`, samples that would lie outside of it contribute 0. Can be differentiated once: a second
-    derivative raises a RuntimeError.
+    read by the host: where they do not fit `value`, samples that would lie outside of it contribute 0. Can be differentiated once and
+    backwards: a second derivative and forward mode raise a RuntimeError.
 
     Args:
         value: [B, S, M, C], float32, float16, bfloat16 or float64: S tokens, level by level, row by row; M heads of C channels.
@@ -61,6 +61,7 @@ def ms_deform_attn(
     _ms_deform_checks.check_value(value)
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_locations, attention_weights, levels, num_points, _NAMES)
+    _ms_deform_checks.refuse_tangents("ms_deform_attn", value, sampling_locations, attention_weights)
     options = hw, num_points, _METHODS[method]
     if torch.is_grad_enabled() and (value.requires_grad or sampling_locations.requires_grad or attention_weights.requires_grad):
         tensors = value, shapes, start, sampling_locations, attention_weights

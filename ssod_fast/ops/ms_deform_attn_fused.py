@@ -67,7 +67,7 @@ def ms_deform_attn_fused(
     A reference (x, y) is offset in pixels of the level: position = x + offset / width. A box (cx, cy, w, h) is offset in shares of its
     size, where its level has P points: position = cx + offset / P * w * offset_scale; in y likewise with the height. The softmax runs over
     all K samples of a head. Keeping reference points in float32 keeps positions exact to a few thousandths of a pixel even where offsets
-    are bfloat16. Can be differentiated once: a second derivative raises a RuntimeError.
+    are bfloat16. Can be differentiated once and backwards: a second derivative and forward mode raise a RuntimeError.
 
     Args:
         value: [B, S, M, C], see :func:`ms_deform_attn`.
@@ -93,6 +93,7 @@ def ms_deform_attn_fused(
     shapes, start, hw, levels = _ms_deform_checks.check_levels(value, spatial_shapes, level_start_index)
     _ms_deform_checks.check_samples(value, sampling_offsets, attention_logits, levels, num_points, _NAMES)
     _ms_deform_checks.check_reference(reference_points, value, attention_logits, levels)
+    _ms_deform_checks.refuse_tangents("ms_deform_attn_fused", value, reference_points, sampling_offsets, attention_logits)
     tensors = value, shapes, start, reference_points, sampling_offsets, attention_logits
     options = hw, num_points, _ms_deform_checks.check_offset_scale(offset_scale)
     wanted = value.requires_grad or sampling_offsets.requires_grad or attention_logits.requires_grad or reference_points.requires_grad

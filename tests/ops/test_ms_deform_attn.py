@@ -21,6 +21,7 @@ from deform_cases import (
 from hypothesis import strategies as st
 from no_sync import no_sync
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ssod_fast.ops import _ms_deform_attn as sampling
 from ssod_fast.ops import ms_deform_attn
@@ -468,6 +469,25 @@ def test_double_backward_is_refused() -> None:
     (grad,) = torch.autograd.grad(case().square().sum(), case.value, create_graph=True)
     with pytest.raises(RuntimeError, match="ms_deform_attn: double backward is not implemented"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("which", range(3))
+def test_forward_mode_is_refused(which: int, leaves: bool) -> None:
+    case = random_case()
+    case = case.leaves() if leaves else case
+    expected, tensors = case(), list(case.tensors())
+    with forward_ad.dual_level():
+        assert torch.equal(case(), expected)  # nothing is differentiated forwards yet
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        with pytest.raises(RuntimeError, match="ms_deform_attn: forward-mode differentiation is not implemented"):
+            case.with_tensors(*tensors)()
+
+
+def test_functional_forward_mode_is_refused() -> None:
+    case = random_case()
+    with pytest.raises(RuntimeError, match="ms_deform_attn: forward-mode differentiation is not implemented"):
+        torch.func.jvp(lambda value: case.with_tensors(value, case.locations, case.weights)(), (case.value,), (case.value,))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,6 +7,7 @@ import torch
 from deform_cases import DEVICES, DTYPES, SHAPES, composed, counting_value, fused_inputs, gradients, random_case, tolerance, unfused
 from no_sync import no_sync
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ssod_fast.ops import ms_deform_attn, ms_deform_attn_fused
 
@@ -263,6 +264,16 @@ def test_double_backward_is_refused() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[2], create_graph=True)
     with pytest.raises(RuntimeError, match="ms_deform_attn_fused: double backward is not implemented"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_forward_mode_is_refused(which: int) -> None:
+    case = random_case()
+    inputs = [case.value, *fused_inputs(case)]
+    with forward_ad.dual_level():
+        inputs[which] = forward_ad.make_dual(inputs[which], torch.ones_like(inputs[which]))
+        with pytest.raises(RuntimeError, match="ms_deform_attn_fused: forward-mode differentiation is not implemented"):
+            ms_deform_attn_fused(inputs[0], case.shapes, *inputs[1:])
 
 
 @pytest.mark.parametrize("device", DEVICES)
