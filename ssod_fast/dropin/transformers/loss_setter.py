@@ -81,7 +81,8 @@ def set_loss(model: nn.Module, weights_key: str = "weights") -> Patched:
     kind = getattr(model, "loss_type", None)
     family = _FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise TypeError(f"model must be one of {', '.join(_FAMILIES)}, got {type(model).__name__} with loss type {kind!r}")
+        note = "; losses of masks stay those of transformers" if "Segmentation" in type(model).__name__ else ""
+        raise TypeError(f"model must be one of {', '.join(_FAMILIES)}, got {type(model).__name__} with loss type {kind!r}{note}")
     mapping: dict[str, Any] = require("transformers.loss.loss_utils", "transformers>=5.17,<6").LOSS_MAPPING
     check_parameters(mapping[str(kind)], f"the loss of {kind}", family.parameters)
     if not isinstance(getattr(type(model), "loss_function", None), property):
