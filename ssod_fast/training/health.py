@@ -106,61 +106,6 @@ class Health:
         best = f"best teacher score {self._best_score:.2f}"
         if self._best_score > self.score_thr:
             return {"silent": f"no pseudo label for {quiet} iterations: {best} is above thr {self.score_thr:g}, another filter takes all"}
-        advice = ": draw another fold or use --cover-classes" if drawn else ""
-            out.append(f"{len(missing)} of {len(self.classes)} classes have no labelled box ({_listed(missing)}){advice}")
-        if labeled_batch * 2 <= reference_batch:
-            sizes = f"labelled images per step {labeled_batch}, reference {reference_batch}"
-            out.append(f"{sizes}: published numbers will not be reached; lr in use {lr:.3g}")
-        return out
-
-    def after_log(self, it: int, log: Mapping[str, Any]) -> list[str]:
-        """Warnings from one train line: its losses by branch, pseudo-label counts and time shares."""
-        pseudo = log.get("pseudo")
-        found = self._loss_ratio(log.get("losses", {}))
-        if it >= START_UP:
-            found |= self._data_time(log.get("time_split", {}))
-        if pseudo is not None:
-            found |= {**self._silence(it, pseudo), **self._crowding(pseudo), **self._gate(it, pseudo)}
-        return self._new(found, {"ratio", "data", "silent", "crowd", "gate"})
-
-    def after_eval(
-        self, teacher: Mapping[str, Any] | None, student: Mapping[str, Any], pseudo_per_class: Mapping[str, int] | None
-    ) -> list[str]:
-        """Warnings from one evaluation and from the pseudo boxes per class since the last one (None: not counted)."""
-        silent = [name for name, count in (pseudo_per_class or {}).items() if count == 0]
-        found = {f"class {name}": "" for name in silent}
-        new = [name for name in silent if f"class {name}" not in self._active]
-        if new:  # one message for all of them
-            which = f"class {new[0]!r}" if len(new) == 1 else f"{len(new)} of {len(self.classes)} classes ({_listed(new)})"
-            found[f"class {new[0]}"] = f"{which} got 0 pseudo labels since the last evaluation"
-        if teacher is not None:
-            # AP -1 means that there was nothing to find: no ground for a comparison.
-            self._worse = self._worse + 1 if 0 <= teacher["AP"] < student["AP"] else 0
-            if self._worse >= WORSE_EVALUATIONS or (teacher["AP"] == 0 and student["AP"] > 0.01):
-                found["worse"] = "teacher is worse than student: EMA too slow or teacher not initialised"
-        return self._new(found, {"worse", *(f"class {name}" for name in self.classes)})
-
-    def _new(self, found: Mapping[str, str], scope: set[str]) -> list[str]:
-        """Messages that were not given yet; keys of `scope` that are no longer found may be given again."""
-        messages = [text for key, text in found.items() if text and key not in self._active]
-        self._active = (self._active - scope) | set(found)
-        return messages
-
-    def _silence(self, it: int, pseudo: Mapping[str, Any]) -> dict[str, str]:
-        if pseudo["kept_per_image"] > 0:
-            self._silent_since = None
-            return {}
-        if self._silent_since is None:
-            self._silent_since, self._best_score = it, 0.0
-        self._best_score = max(self._best_score, pseudo["max_score"])
-        quiet = it - self._silent_since
-        if quiet < SILENT_ITERATIONS:
-            return {}
-        best = f"best teacher score {self._best_score:.2f}"
-        if self._best_score > self.score_thr:
-            return {
-                "silent": f"no pseudo label for {quiet} iterations: {best} is above thr {self.score_thr:g}, other filters let none pass"
-            }
         advice = "burn in longer (--burn-in) or lower --thr" if self.burn_in else "lower --thr"
         return {"silent": f"no pseudo label for {quiet} iterations: {best} is below thr {self.score_thr:g}; {advice}"}
 
