@@ -1,4 +1,4 @@
-"""Supervised baseline against MixPL on real images, same labels, same schedule, several seeds.
+"""Supervised baseline against a semi-supervised method on real images, same labels, same schedule, several seeds.
 
 `python benchmarks/training/real_data.py bccd` takes the images from SSOD_FAST_DATA (default ../shared), draws 10 % labels per seed, trains
 both methods through the command line that users have, and writes one row per run and network to results/<set>_<device>.csv, the curves of
@@ -27,14 +27,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = Path(os.environ.get("SSOD_FAST_DATA", ROOT.parent / "shared")).resolve()
 BACKBONE = DATA / "weights" / "mobilenet_v2_imagenet_backbone_fp16.safetensors"
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-METHODS = ("supervised", "mixpl")
+BASELINE = "supervised"
+TITLES = {"mixpl": "MixPL", "semi_detr": "Semi-DETR"}
 
-
-# What both methods share. AdamW at 5e-4 and a drop at three quarters suit runs of this length; thresholds of torchvision's FCOS.
-COMMON: dict[str, Any] = {
+# What all runs share.
+COMMON: dict[str, Any] = {"percent": 10, "cover_classes": True}
+# AdamW at 5e-4 and a drop at three quarters suit runs of this length; thresholds of torchvision's FCOS.
+FCOS: dict[str, Any] = {
     "model": "torchvision:fcos_mobilenet_v2_fpn",
-    "percent": 10,
-    "cover_classes": True,
     "lr": 5e-4,
     "optimizer": {"name": "adamw", "weight_decay": 0.01},
     "schedule": {"warmup": 50, "milestones": [0.75]},
@@ -46,33 +46,61 @@ EMA: dict[str, Any] = {"schedule": "mmdet", "floor": 0.02, "gamma": 4.0, "interv
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of one comparison: those of both runs, the batch of each, what only MixPL has, and the folder of the images."""
+    """Settings of one comparison.
 
-    common: dict[str, Any]
-    batch: tuple[int, int]
-    mixpl: dict[str, Any]
+    Attributes:
+        data: folder of the images.
+        batch: labelled and unlabelled images per step.
+        common: settings of both runs.
+        method: options of the semi-supervised method, its name among them.
+        baseline: how the runs of the baseline are called; recipes with the same name share them.
+    """
+
     data: str
+    batch: tuple[int, int]
+    common: dict[str, Any]
+    method: dict[str, Any]
+    baseline: str
+
+    @property
+    def methods(self) -> tuple[str, str]:
+        """Names of the baseline and of the method."""
+        return BASELINE, self.method["name"]
 
 
 # Minutes on one core: small views, a narrow head.
+SMALL_VIEWS: dict[str, Any] = {"short_side": [144, 240], "max_side": 336, "test_short_side": 192}
 SMALL: dict[str, Any] = {
+    **FCOS,
     "iters": 500,
     "model_options": ["fpn_channels=96", "head_convs=2", "levels=[3,5]"],
-    "views": {"short_side": [144, 240], "max_side": 336, "test_short_side": 192},
+    "views": SMALL_VIEWS,
+}
+# DINO with three layers on either side and a tenth of its queries.
+SMALL_DETR: dict[str, Any] = {
+    "model": "own:dino_mobilenet_v2",
+    "model_options": ["width=128", "encoder_layers=3", "decoder_layers=3", "queries=100", "levels=3", "ffn=512", "denoising=50"],
+    "lr": 4e-4,
+    "schedule": {"warmup": 50, "milestones": [0.8]},
+    "iters": 1000,
+    "views": SMALL_VIEWS,
 }
 RECIPES = {
-    "bccd": Recipe(SMALL, (2, 2), {"burn_in": 125}, "bccd"),
+    "bccd": Recipe("bccd", (2, 2), SMALL, {"name": "mixpl", "burn_in": 125}, "bccd"),
     # The unlabelled losses start when the labelled ones have had time to teach the smallest class too. Same baseline runs.
-    "bccd_late": Recipe(SMALL, (2, 2), {"burn_in": 300}, "bccd"),
+    "bccd_late": Recipe("bccd", (2, 2), SMALL, {"name": "mixpl", "burn_in": 300}, "bccd"),
+    "bccd_detr": Recipe("bccd", (2, 2), SMALL_DETR, {"name": "semi_detr"}, "bccd_detr"),
     "aquarium": Recipe(
+        "aquarium",
+        (4, 4),
         {
+            **FCOS,
             "iters": 4000,
             "model_options": ["fpn_channels=128", "head_convs=2"],
             "views": {"short_side": [256, 640], "max_side": 768, "test_short_side": 448},
             "resample": 0.1,
         },
-        (4, 4),
-        {"burn_in": 1000},
+        {"name": "mixpl", "burn_in": 1000},
         "aquarium",
     ),
 }
@@ -81,7 +109,8 @@ RECIPES = {
 def config(data: Path, method: str, seed: int, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """The settings of one run, as `ssod-fast train --config` reads them."""
     labeled, unlabeled = recipe.batch
-    semi = {"name": "mixpl", "ema": EMA, **recipe.mixpl}
+    supervised = method == BASELINE
+    options = {"name": BASELINE} if supervised else recipe.method
     return {
         **COMMON,
         **recipe.common,
@@ -89,8 +118,8 @@ def config(data: Path, method: str, seed: int, recipe: Recipe, args: argparse.Na
         "labeled": str(data),
         "val": str(data / "annotations" / "instances_val.json"),
         "backbone_weights": str(BACKBONE),
-        "method": semi if method == "mixpl" else {"name": method, "ema": EMA},
-        "batch": f"{labeled}:{unlabeled}" if method == "mixpl" else str(labeled),
+        "method": {"ema": EMA, **options},
+        "batch": str(labeled) if supervised else f"{labeled}:{unlabeled}",
         "fold": seed + 1,
         "seed": seed,
         "device": args.device,
@@ -102,8 +131,8 @@ def config(data: Path, method: str, seed: int, recipe: Recipe, args: argparse.Na
 
 
 def run_name(method: str, seed: int, args: argparse.Namespace) -> str:
-    """Recipes on the same images share the runs of the baseline."""
-    return f"{args.set if method == 'mixpl' else RECIPES[args.set].data}-{method}-{seed}"
+    """Recipes may share the runs of the baseline."""
+    return f"{RECIPES[args.set].baseline if method == BASELINE else args.set}-{method}-{seed}"
 
 
 def train(data: Path, method: str, seed: int, recipe: Recipe, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -142,11 +171,11 @@ def rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds, and MixPL's margin per seed."""
+def table(rows: list[dict[str, Any]], methods: tuple[str, str]) -> str:
+    """Mean and standard deviation over the seeds, and the method's margin per seed."""
     columns = [*METRICS, *(name for name in rows[0] if name.startswith("AP50 "))]
     lines = ["| run | network | seeds | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
-    for method in METHODS:
+    for method in methods:
         for network in ("student", "teacher"):
             mine = [r for r in rows if r["method"] == method and r["network"] == network]
             cells = [spread([100 * float(r[name]) for r in mine]) for name in columns]
@@ -154,9 +183,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {method} | {shown} | {len(mine)} | " + " | ".join(cells) + " |")
     for name in ("AP", "AP50"):
         teacher = {(r["method"], r["seed"]): 100 * float(r[name]) for r in rows if r["network"] == "teacher"}
-        margins = [value - teacher["supervised", seed] for (method, seed), value in teacher.items() if method == "mixpl"]
-        each = ", ".join(f"{m:+.2f}" for m in margins)
-        lines += ["", f"{name} of MixPL minus the baseline's (moving averages): {spread(margins)} points; by seed {each}."]
+        margins = [value - teacher[BASELINE, seed] for (method, seed), value in teacher.items() if method != BASELINE]
+        each, title = ", ".join(f"{m:+.2f}" for m in margins), TITLES[methods[1]]
+        lines += ["", f"{name} of {title} minus the baseline's (moving averages): {spread(margins)} points; by seed {each}."]
     return "\n".join(lines)
 
 
@@ -195,7 +224,7 @@ def main() -> None:
     recipe = RECIPES[args.set]
     data = DATA / "data" / recipe.data
     # The long runs first, so that none of them ends alone.
-    jobs = [(method, seed) for method in reversed(METHODS) for seed in range(args.seeds)]
+    jobs = [(method, seed) for method in reversed(recipe.methods) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: train(data, *job, recipe, args), jobs))
     curves = [row for (method, seed), lines in zip(jobs, runs, strict=True) for row in curve(lines, method, seed)]
@@ -204,8 +233,8 @@ def main() -> None:
     stem = f"{args.set}_{args.device}"
     write_csv(RESULTS / f"{stem}_curves.csv", curves)
     write_csv(RESULTS / f"{stem}.csv", rows)
-    (RESULTS / f"{stem}.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    (RESULTS / f"{stem}.md").write_text(table(rows, recipe.methods) + "\n")
+    print(table(rows, recipe.methods))
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ def _fit_method(method: Any, unlabeled: int, config: TrainConfig[Any]) -> Any:
     if getattr(method, "switch_at", 0) is None:
         changes["switch_at"] = config.iters // 2  # the first half of all published schedules
     default = type(method)()
-    if getattr(default, "mosaic_shape", None) == getattr(method, "mosaic_shape", None) and config.views != ViewConfig():
+    untouched = hasattr(method, "mosaic_shape") and method.mosaic_shape == default.mosaic_shape
+    if untouched and config.views != ViewConfig():
         # Official tiles run from the smallest short side of a view to the test size.
         low, high = config.views.short_side[0], max(config.views.test_short_side, config.views.short_side[0] + 1)
         changes["mosaic_shape"] = ((low, low), (high, high))
