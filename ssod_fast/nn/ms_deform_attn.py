@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,18 +107,56 @@ class MultiScaleDeformableAttention(nn.Module):
         self._check_tokens("input_flatten", input_flatten, self.value_proj)
         _check_batch(query, input_flatten, reference_points)
         self._check_levels(spatial_shapes)
-        value = self.value_proj(input_flatten)
+        value = self._project(input_flatten, padding_mask)
+        return self._attend(query, reference_points, value, spatial_shapes, level_start_index, return_weights)
+
+    def project(self, input_flatten: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """What queries will read of the tokens, for calls of :meth:`attend` that share it; arguments and errors are those of `forward`.
+
+        Returns:
+            [B, S, M, embed_dim / M].
+        """
+        self._check_tokens("input_flatten", input_flatten, self.value_proj)
+        return self._project(input_flatten, padding_mask)
+
+    def attend(
+        self, query: Tensor, reference_points: Tensor, value: Tensor, spatial_shapes: Shapes, level_start_index: Tensor | None = None
+    ) -> Tensor:
+        """`forward` on projected tokens.
+
+        Args:
+            query: see `forward`, as are the other arguments and the errors.
+            reference_points: see `forward`.
+            value: [B, S, M, embed_dim / M], what `project` returned.
+            spatial_shapes: see `forward`.
+            level_start_index: see `forward`.
+
+        Returns:
+            [B, Q, embed_dim].
+        """
+        self._check_tokens("query", query, self.sampling_offsets)
+        _check_batch(query, value, reference_points)
+        self._check_levels(spatial_shapes)
+        return cast(Tensor, self._attend(query, reference_points, value, spatial_shapes, level_start_index, False))
+
+    def _project(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+        value = self.value_proj(tokens)
         if padding_mask is not None:
-            value = value.masked_fill(_check_mask(padding_mask, input_flatten).unsqueeze(-1), 0)
+            value = value.masked_fill(_check_mask(padding_mask, tokens).unsqueeze(-1), 0)
+        return cast(Tensor, value.unflatten(2, (self.num_heads, -1)))
+
+    def _attend(
+        self, query: Tensor, points: Tensor, value: Tensor, shapes: Shapes, start: Tensor | None, return_weights: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         offsets = self.sampling_offsets(query).unflatten(2, (self.num_heads, -1, 2))  # [B, Q, M, K, 2]
         logits = self.attention_weights(query).unflatten(2, (self.num_heads, -1))  # [B, Q, M, K]
         out, lse = ms_deform_attn_fused(
-            value.unflatten(2, (self.num_heads, -1)),
-            spatial_shapes,
-            reference_points,
+            value,
+            shapes,
+            points,
             offsets,
             logits,
-            level_start_index=level_start_index,
+            level_start_index=start,
             num_points=self.num_points,
             offset_scale=self.offset_scale,
             return_lse=True,

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, M, N, D / M]."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return cast(Tensor, x.unflatten(2, (self.heads, -1)).transpose(1, 2))
 
 
 class DecoderLayer(nn.Module):
@@ -75,14 +75,19 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, given: LayerInput, reference: Tensor, memory: Memory, allowed: Tensor | None = None, context: LayerInput | None = None
+        self,
+        given: LayerInput,
+        reference: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        allowed: Tensor | None = None,
+        context: LayerInput | None = None,
     ) -> Tensor:
         """Decodes.
 
         Args:
-            given: state and position of the queries, [B, Q, D].
+            given: state and position of the queries, and the projected memory.
             reference: float32 [B, Q, L or 1, 2 or 4], points or boxes on each level, in units of the padded level.
-            memory: what queries look at.
+            shapes: (h, w) of each level.
             allowed: see :class:`SelfAttention`, as is `context`.
             context: other queries.
 
@@ -91,9 +96,15 @@ class DecoderLayer(nn.Module):
         """
         x, position = given.state, given.position
         x = self.self_norm(x + self.dropout(self.self_attention(x, position, allowed, context)))
-        seen = self.cross_attention(x + position, reference, memory.tokens, memory.shapes, padding_mask=memory.padding)
+        seen = self.cross_attention.attend(x + position, reference, cast(Tensor, given.value), shapes)
         x = self.cross_norm(x + self.dropout(seen))
         return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x))))
+
+    def value(self, memory: Memory, context: LayerInput | None) -> Tensor:
+        """The projected memory [B, S, M, D / M], from an earlier call if that had it."""
+        if context is not None and context.value is not None:
+            return context.value
+        return self.cross_attention.project(memory.tokens, memory.padding)
 
 
 class Decoder(nn.Module):
@@ -126,9 +137,10 @@ class Decoder(nn.Module):
         x, reference = queries.content, queries.reference
         base = reference  # the same boxes, with gradient where a prediction trains the layer before too
         hidden, logits, boxes, inputs = [], [], [], []
-        for i, layer in enumerate(self.layers):
-            given = LayerInput(x, self._position(queries, reference))
-            x = layer(given, _on_levels(reference.sigmoid(), memory), memory, allowed, context[i] if context else None)
+        for i, module in enumerate(self.layers):
+            layer, before = cast(DecoderLayer, module), context[i] if context else None
+            given = LayerInput(x, self._position(queries, reference), layer.value(memory, before))
+            x = layer(given, _on_levels(reference.sigmoid(), memory), memory.shapes, allowed, before)
             read = self.norm(x) if self.config.box_positions else x
             change = self.heads.change(i, read)
             hidden.append(read)

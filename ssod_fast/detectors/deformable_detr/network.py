@@ -96,14 +96,15 @@ class DeformableDETR(nn.Module):
         return Queries(content, inverse_sigmoid(boxes), self.queries.position(boxes, content.dtype))
 
     def label_queries(self, labels: Tensor, boxes: Tensor) -> Queries:
-        """Denoising queries: content learned per class of `labels` [B, N], starting at `boxes` [B, N, 4].
+        """Denoising queries: content learned per class of `labels` [B, N], zeros for label -1, starting at `boxes` [B, N, 4].
 
         Raises:
             ValueError: the network was built without denoising, or as `box_queries`.
         """
         if not self.config.denoising:
             raise ValueError("label_queries needs a network with config.denoising of at least 1, got 0")
-        return self.box_queries(self.label_embedding(labels), boxes)
+        content = self.label_embedding(labels.clamp(min=0)).masked_fill((labels < 0)[..., None], 0)
+        return self.box_queries(content, boxes)
 
     def decode(
         self,

@@ -88,15 +88,17 @@ class Proposals:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """Self-attention of one decoder layer as later queries need it.
+    """What one decoder layer was given, as later queries on the same memory need it.
 
     Attributes:
         state: [B, Q, D], output of the layer before, not normalised.
         position: [B, Q, D], what was added for keys and queries.
+        value: [B, S, M, D / M], the memory as the layer reads it: its projection costs more than many queries do. None: to be projected.
     """
 
     state: Tensor
     position: Tensor
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class DETRStages(Protocol):
         ...
 
     def label_queries(self, labels: Tensor, boxes: Tensor) -> Queries:
-        """Denoising queries: content learned per class of `labels` [B, N], starting at `boxes` [B, N, 4]."""
+        """Denoising queries: content learned per class of `labels` [B, N], zeros for label -1, starting at `boxes` [B, N, 4]."""
         ...
 
     def decode(
@@ -155,8 +157,8 @@ class DETRStages(Protocol):
             memory: what queries look at.
             queries: Q of them.
             blocked: bool [Q, Q] or [B, Q, Q], True where a query (row) must not attend to another (column).
-            context: per layer, other queries that all of these attend to as well, as `Decoded.inputs` of an earlier call holds them. They
-                are not decoded again. Gradients flow into them.
+            context: per layer, other queries that all of these attend to as well, as `Decoded.inputs` of an earlier call with the same
+                memory holds them. They are not decoded again. Gradients flow into them.
             keep_inputs: fill `Decoded.inputs`.
         """
         ...
