@@ -1,8 +1,9 @@
-"""Detectors: the protocol that methods rely on, and adapters that make torchvision models follow it."""
+"""Detectors: the protocol that methods rely on, and adapters that make models of torchvision and transformers follow it."""
 
 from .build import build_detector
 from .from_torchvision import from_torchvision
 from .protocol import IMAGENET, Detector, ImageBatch, PixelStats, capabilities, preprocess, require
+from .transformers import from_transformers
 
 __all__ = [
     "IMAGENET",
@@ -12,6 +13,7 @@ __all__ = [
     "build_detector",
     "capabilities",
     "from_torchvision",
+    "from_transformers",
     "preprocess",
     "require",
 ]

@@ -87,15 +87,15 @@ def load_detector(detector: nn.Module, file: WeightsFile) -> None:
     """Fills a whole detector, strictly; half precision is widened.
 
     Args:
-        detector: an adapter with a torchvision model in `model`.
+        detector: an adapter with a model of torchvision or transformers in `model`.
         file: names of the adapter's `state_dict()` or of the wrapped model's, old torchvision names included.
 
     Raises:
         ValueError: keys are missing, unknown or of another shape; the message lists them.
     """
-    inner = getattr(detector, "model", None)
-    prefixed = all(name.startswith("model.") for name in file.tensors)
-    target = inner if isinstance(inner, nn.Module) and not prefixed else detector
+    inner, own = getattr(detector, "model", None), detector.state_dict()
+    # Models of transformers have a `model` inside themselves, so a prefix alone does not tell the two apart.
+    target = inner if isinstance(inner, nn.Module) and not any(name in own for name in file.tensors) else detector
     try:
         target.load_state_dict(file.tensors)
     except RuntimeError as error:

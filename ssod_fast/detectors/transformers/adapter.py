@@ -41,6 +41,7 @@ class TransformersDetector(nn.Module):
 
     def __init__(self, model: Any, family: Family, pixel_stats: PixelStats) -> None:
         super().__init__()
+        self.training = model.training
         self.model = model
         self.family = family
         self.num_classes: int = self.model.config.num_labels

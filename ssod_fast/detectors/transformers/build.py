@@ -85,7 +85,8 @@ def _from_folder(folder: Path, num_classes: int, options: dict[str, Any]) -> tup
 
 def _adapted(model: nn.Module, num_classes: int, values: Mapping[str, Any], stats: PixelStats | None) -> nn.Module:
     given = _given_stats(values)
-    return from_transformers(model, num_classes, patch=values.get("patch", True), pixel_stats=stats if given is None else given)
+    detector = from_transformers(model, num_classes, patch=values.get("patch", True), pixel_stats=stats if given is None else given)
+    return detector.train()  # models of transformers come out of files in eval mode
 
 
 def _given_stats(values: Mapping[str, Any]) -> PixelStats | None:

@@ -1,0 +1,521 @@
+"""Adapters of transformers' detectors, on small models with random weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_detector import make_batches
+from tiny_transformers import BUILD, RESNET, build, rt_detr_options
+from torch import Tensor, nn
+
+from ssod_fast.detectors import IMAGENET, ImageBatch, PixelStats, build_detector, capabilities, from_transformers, require
+from ssod_fast.detectors.transformers.families import FAMILIES, UNIT
+from ssod_fast.dropin import transformers as dropin
+from ssod_fast.methods import MixPL, MixPLConfig, SemiSupervisedDetector, SupervisedMethod
+from ssod_fast.structures import PaddedTargets, Target
+from ssod_fast.training.checkpoint import DetectorInfo, load_detector, save_detector
+
+pytest.importorskip("transformers")
+NAMES = list(FAMILIES)
+MASKED = [name for name in NAMES if FAMILIES[name].frame == "image"]
+UNMASKED = [name for name in NAMES if FAMILIES[name].frame == "canvas"]
+RT_DETR: dict[str, Any] = {
+    **{key: value for key, value in rt_detr_options().items() if key not in ("num_labels", "backbone", "use_pretrained_backbone")},
+    "backbone_config": {"model_type": "rt_detr_resnet", **RESNET, "out_features": ["stage2", "stage3", "stage4"]},
+}
+
+
+def make(name: str, num_classes: int | None = None, **options: Any) -> Any:
+    return from_transformers(build(name), num_classes, **options).train()
+
+
+def batch_of(*sizes: tuple[int, int], canvas: tuple[int, int], seed: int = 0) -> ImageBatch:
+    """Random images, the padding around them 0."""
+    tensor = torch.zeros(len(sizes), 3, *canvas)
+    generator = torch.Generator().manual_seed(seed)
+    for row, (h, w) in zip(tensor, sizes, strict=True):
+        row[:, :h, :w] = torch.randn(3, h, w, generator=generator)
+    return ImageBatch(tensor, list(sizes))
+
+
+def boxes_of(*rows: list[float], label: int = 1, **more: Tensor) -> Target:
+    return Target(boxes=torch.tensor(rows, dtype=torch.float32).reshape(-1, 4), labels=torch.full((len(rows),), label), **more)  # type: ignore[typeddict-item]
+
+
+PAIR = batch_of((64, 96), (48, 80), canvas=(64, 96))
+TARGETS = [boxes_of([5, 6, 40, 50], [30, 10, 90, 60]), boxes_of([8, 4, 60, 40], label=2)]
+NOTHING = boxes_of()
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+def seeded(detector: Any, batch: ImageBatch, targets: Any) -> dict[str, Tensor]:
+    """Losses with the same random denoising queries in each call."""
+    torch.manual_seed(0)
+    return detector.losses(batch, targets)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestLosses:
+    def test_follows_the_protocol(self, name: str) -> None:
+        detector = make(name)
+        require(detector, "supports_weights", "features", for_method="any")
+        assert capabilities(detector) == {"supports_weights", "features"}
+        assert detector.num_classes == 3
+
+    @pytest.mark.parametrize("targets", [TARGETS, [TARGETS[0], NOTHING], [NOTHING, NOTHING]], ids=["boxes", "one empty", "all empty"])
+    def test_finite_with_all_gradients(self, name: str, targets: list[Target]) -> None:
+        """DistributedDataParallel waits for a gradient of each parameter, also where no image has a box."""
+        detector = make(name)
+        losses = detector(PAIR, targets)
+        assert all(value.dim() == 0 and value.isfinite() for value in losses.values())
+        total(losses).backward()
+        for key, parameter in detector.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, key
+                assert parameter.grad.isfinite().all(), key
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_sum_is_the_models_loss(self, name: str, training: bool) -> None:
+        detector = make(name).train(training)
+        losses = seeded(detector, PAIR, TARGETS)
+        frame = [(64, 96)] * 2 if name in UNMASKED else PAIR.sizes
+        labels = []
+        for (h, w), target in zip(frame, TARGETS, strict=True):
+            x0, y0, x1, y1 = target["boxes"].unbind(1)
+            boxes = torch.stack([(x0 + x1) / 2 / w, (y0 + y1) / 2 / h, (x1 - x0) / w, (y1 - y0) / h], 1)
+            labels.append({"class_labels": target["labels"], "boxes": boxes})
+        torch.manual_seed(0)
+        square = name == "rf_detr"  # whose windows need it
+        pixels = nn.functional.pad(PAIR.tensor, (0, 0, 0, 32)) if square else PAIR.tensor
+        mask = torch.zeros(2, *pixels.shape[-2:], dtype=torch.long)
+        for row, (h, w) in zip(mask, PAIR.sizes, strict=True):
+            row[:h, :w] = 1
+        given = {"pixel_mask": mask} if name in MASKED else {}
+        wanted = detector.model(pixel_values=pixels, labels=labels, **given).loss
+        torch.testing.assert_close(total(losses), wanted, rtol=1e-5, atol=1e-5)
+        assert not any("cardinality" in key for key in losses)
+        assert any(key.startswith("dn_") for key in losses) == (training and name in UNMASKED)
+
+    def test_weights_scale_the_boxes(self, name: str) -> None:
+        detector = make(name)
+        shares = {
+            share: seeded(detector, PAIR, [Target(**t, weights=torch.full((len(t["boxes"]),), share)) for t in TARGETS])  # type: ignore[misc]
+            for share in (1.0, 0.5, 0.0)
+        }
+        plain = seeded(detector, PAIR, TARGETS)
+        for key in plain:
+            torch.testing.assert_close(shares[1.0][key], plain[key])
+            if key.endswith(("loss_bbox", "loss_giou", "loss_fgl")):
+                assert plain[key] > 0
+                torch.testing.assert_close(shares[0.5][key], plain[key] / 2)
+                assert shares[0.0][key] == 0
+            elif key.endswith(("loss_ce", "loss_vfl")):
+                assert shares[0.0][key] != plain[key]
+
+    def test_targets_in_both_forms_without_useless_boxes(self, name: str) -> None:
+        detector = make(name)
+        useless = boxes_of([5, 6, 40, 50], [9, 9, 9, 30], [20, 30, 10, 40], [30, 10, 90, 60], [1, 1, torch.nan, 9])
+        wanted = seeded(detector, PAIR, TARGETS)
+        for targets in ([useless, TARGETS[1]], PaddedTargets.from_list([useless, TARGETS[1]], nmax=9)):
+            found = seeded(detector, PAIR, targets)
+            assert found.keys() == wanted.keys()
+            for key, value in wanted.items():
+                torch.testing.assert_close(found[key], value)
+
+    def test_bfloat16(self, name: str) -> None:
+        detector = make(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = detector.losses(PAIR, TARGETS)
+            found = detector.predict(PAIR, topk=5)
+        assert total(losses).isfinite()
+        assert found[0]["boxes"].dtype == found[0]["scores"].dtype == torch.float32
+
+
+def fixed_output(detector: Any, boxes: Tensor, logits: Tensor) -> dict[str, Any]:
+    """Makes the model say the same for each image; what it was given enters the returned dict."""
+    given: dict[str, Any] = {}
+
+    def forward(**arguments: Any) -> Any:
+        given.update(arguments, training=detector.model.training)
+        rows = len(arguments["pixel_values"])
+        return SimpleNamespace(pred_boxes=boxes.expand(rows, -1, -1), logits=logits.expand(rows, -1, -1))
+
+    detector.model.forward = forward
+    return given
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestPredict:
+    def test_pixels_of_the_given_image(self, name: str) -> None:
+        """Shares of the image where the model knows of padding, of the batch where it does not; cut off at the image's borders."""
+        detector = make(name)
+        batch = batch_of((64, 64), (96, 80), canvas=(96, 96))
+        boxes = torch.tensor([[0.25, 0.5, 0.1, 0.2], [0.5, 0.25, 0.2, 0.1], [0.85, 0.5, 0.1, 0.1]])
+        logits = torch.tensor([[2.0, -9, -9], [-9, 1, 0], [-9, -9, -1]])
+        given = fixed_output(detector, boxes, logits)
+        first, second = detector.predict(batch, score_thr=0.1)
+        if name in MASKED:
+            assert given["pixel_mask"].sum((1, 2)).tolist() == [64 * 64, 96 * 80]
+            wanted = [[12.8, 25.6, 19.2, 38.4], [25.6, 12.8, 38.4, 19.2], [25.6, 12.8, 38.4, 19.2], [51.2, 28.8, 57.6, 35.2]]
+        else:
+            assert given["pixel_mask"] is None
+            # The third box begins in the padding of the first image.
+            wanted = [[19.2, 38.4, 28.8, 57.6], [38.4, 19.2, 57.6, 28.8], [38.4, 19.2, 57.6, 28.8]]
+        torch.testing.assert_close(first["boxes"], torch.tensor(wanted))
+        assert first["labels"].tolist() == [0, 1, 2, 2][: len(wanted)]
+        torch.testing.assert_close(first["scores"], torch.tensor([2.0, 1, 0, -1]).sigmoid()[: len(wanted)])
+        width = 80.0 if name in UNMASKED else 0.9 * 80
+        torch.testing.assert_close(second["boxes"][3, 2], torch.tensor(width))
+
+    def test_eval_mode_inside_and_restored(self, name: str) -> None:
+        detector = make(name)
+        detector.model.model.backbone.eval()
+        given = fixed_output(detector, torch.full((1, 4), 0.5), torch.zeros(1, 3))
+        detector.predict(PAIR)
+        assert given["training"] is False
+        assert detector.model.training
+        assert not detector.model.model.backbone.training
+
+    def test_images_score_threshold_and_topk(self, name: str) -> None:
+        detector = make(name)
+        images = [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8), torch.randint(0, 256, (3, 90, 100), dtype=torch.uint8)]
+        for found, (h, w) in zip(detector.predict(images, topk=7), [(96, 128), (90, 100)], strict=True):
+            assert len(found["boxes"]) <= 7
+            assert (found["boxes"] >= 0).all()
+            assert (found["boxes"] <= torch.tensor([w, h, w, h])).all()
+            assert (found["scores"].diff() <= 0).all()
+        assert all(len(found["boxes"]) == 0 for found in detector.predict(images, score_thr=1.0))
+        assert not any(found["boxes"].requires_grad for found in detector.predict(images))
+
+    def test_features_cover_the_batch(self, name: str) -> None:
+        detector = make(name)
+        maps = detector.features(batch_of((64, 96), canvas=(64, 96)))
+        assert [tuple(m.shape[-2:]) for m in maps] == ([(8, 12)] if name == "rf_detr" else [(8, 12), (4, 6), (2, 3)])
+
+
+class TestPadding:
+    def test_mask_makes_padding_not_matter(self) -> None:
+        """Boxes of an image are those that it has alone, but for convolutions that look over its border."""
+        detector = make("deformable_detr").eval()
+        alone = batch_of((128, 128), canvas=(128, 128))
+        padded = ImageBatch(torch.zeros(2, 3, 256, 192), [(128, 128), (256, 192)])
+        padded.tensor[0, :, :128, :128] = alone.tensor[0]
+        (wanted,), (found, _) = detector.predict(alone), detector.predict(padded)
+        order = [boxes["boxes"][boxes["boxes"].sum(1).argsort()] for boxes in (wanted, found)]
+        assert (order[0] - order[1]).abs().max() < 1
+
+    @pytest.mark.parametrize("name", ["rt_detr", "rt_detr_v2"])
+    def test_places_of_a_padded_batch_are_pixels(self, name: str) -> None:
+        """An untrained model says the places of its feature maps, whose centres are known in pixels of the batch."""
+        detector = from_transformers(BUILD[name](num_queries=150))
+        batch = batch_of((96, 64), (96, 96), canvas=(96, 96))
+        boxes = detector.predict(batch, topk=450)[0]["boxes"]
+        inner = boxes[(boxes > 0).all(1) & (boxes[:, 2] < 64) & (boxes[:, 3] < 96)]
+        assert len(inner) > 20
+        centres = (inner[:, :2] + inner[:, 2:]) / 2
+        off = torch.stack([((centres / stride - 0.5) % 1 - 0.5).abs().sub(0.5).abs().amax(1) for stride in (8, 16, 32)]).amin(0)
+        assert off.max() < 1e-3
+
+    @pytest.mark.parametrize("name", UNMASKED)
+    def test_others_of_a_batch_do_not_matter(self, name: str) -> None:
+        detector = make(name).eval()
+        batch = batch_of((96, 64), (96, 96), canvas=(96, 96))
+        wanted = detector.predict(ImageBatch(batch.tensor[:1], batch.sizes[:1]))[0]
+        found = detector.predict(batch)[0]
+        torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-3, rtol=0)
+
+    @pytest.mark.parametrize("name", UNMASKED)
+    def test_sizes_of_evaluation_are_free(self, name: str) -> None:
+        """A checkpoint with anchors and positions of one size predicts on images of another."""
+        detector = from_transformers(build(name, anchor_image_size=[64, 64], eval_size=64))
+        assert detector.model.config.anchor_image_size is None
+        fresh = from_transformers(build(name))
+        for size in ((64, 96), (96, 64)):
+            batch = batch_of(size, canvas=size)
+            torch.testing.assert_close(detector.predict(batch)[0]["boxes"], fresh.predict(batch)[0]["boxes"])
+
+    def test_windows_of_rf_detr_are_square(self) -> None:
+        detector = make("rf_detr")
+        assert detector.stride == 16
+        seen = []
+        detector.model.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+        detector.losses(PAIR, TARGETS)
+        assert seen[0][0].shape[-2:] == seen[0][1].shape[-2:] == (96, 96)
+        assert detector.model.config.backbone_config.num_windows == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestMethods:
+    def test_supervised_step(self, name: str) -> None:
+        model = SemiSupervisedDetector(make(name), SupervisedMethod())
+        out = model.training_step(make_batches(0)[0], None, 0)
+        out.loss.backward()
+        assert out.loss.isfinite()
+
+    def test_mixpl_steps(self, name: str) -> None:
+        config = MixPLConfig(mosaic_shape=((70, 70), (90, 90)), cls_pseudo_thr=0.01, teacher_topk=10)
+        model = SemiSupervisedDetector(make(name), MixPL(config))
+        assert model.teacher is not None
+        before = copy.deepcopy(model.teacher.state_dict())
+        for step in range(2):
+            out = model.training_step(*make_batches(step), step)
+            out.loss.backward()
+            assert out.loss.isfinite()
+        assert all(torch.equal(before[key], value) for key, value in model.teacher.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+        with torch.no_grad():
+            for parameter in model.student.parameters():
+                parameter.sub_(1e-3 if parameter.grad is None else 1e-3 * parameter.grad)
+        model.update_teacher(2)
+        assert any(not torch.equal(before[key], value) for key, value in model.teacher.state_dict().items())
+
+
+class TestTakingOver:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_state_dict_and_output_stay(self, name: str) -> None:
+        model: Any = build(name).eval()
+        keys, batch = list(model.state_dict()), batch_of((96, 96), canvas=(96, 96))
+        with torch.no_grad():
+            before = model(pixel_values=batch.tensor).pred_boxes
+        detector: Any = from_transformers(model)
+        assert detector.model is model
+        assert list(model.state_dict()) == keys
+        assert not detector.training
+        with torch.no_grad():
+            torch.testing.assert_close(model(pixel_values=batch.tensor).pred_boxes, before, atol=1e-4, rtol=0)
+        assert dropin.unpatch(model) > 0
+        assert dropin.unset_loss(model) == 1
+
+    def test_without_patch(self) -> None:
+        detector = make("rt_detr", patch=False)
+        assert dropin.unpatch(detector.model) == 0
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_copies_have_the_loss(self, name: str) -> None:
+        detector = make(name)
+        wanted, found = seeded(detector, PAIR, TARGETS), seeded(copy.deepcopy(detector), PAIR, TARGETS)
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_other_number_of_classes(self, name: str) -> None:
+        model = build(name).eval()
+        frozen = next(key for key, parameter in model.named_parameters() if "backbone" in key and parameter.dim() == 4)
+        model.get_parameter(frozen).requires_grad_(False)
+        detector: Any = from_transformers(model, 5)
+        own, old = detector.model.state_dict(), model.state_dict()
+        other = {key for key in own if own[key].shape != old[key].shape}
+        assert other
+        assert all("class_embed" in key or "score_head" in key for key in other)
+        assert all(torch.equal(own[key], old[key]) for key in own.keys() - other)
+        assert not detector.model.get_parameter(frozen).requires_grad
+        assert not detector.training
+        assert detector.num_classes == detector.model.config.num_labels == 5
+        assert 0 < total(seeded(detector.train(), PAIR, [boxes_of([5, 6, 40, 50], label=4), NOTHING])) < 1e3
+        fresh = detector.predict(PAIR)[0]
+        assert (fresh["labels"] < 5).all()
+        biases = [own[key] for key in other if key.endswith("bias")]
+        assert biases
+        assert all((bias < -1).all() for bias in biases)  # rare objects, also where transformers starts at one half
+
+    def test_pixels(self) -> None:
+        stats = PixelStats((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+        assert [make(name).pixel_stats for name in NAMES] == [IMAGENET, UNIT, UNIT, UNIT, IMAGENET]
+        assert make("rt_detr", pixel_stats=stats).pixel_stats == stats
+
+    def test_processors_of_transformers_agree(self) -> None:
+        import transformers
+
+        for prefix, stats in {"DeformableDetr": IMAGENET, "RTDetr": UNIT, "RfDetr": IMAGENET}.items():
+            processor = getattr(transformers, f"{prefix}ImageProcessor")()
+            image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
+            pixels = processor(image, return_tensors="pt")["pixel_values"][0, :, 10, 10]
+            torch.testing.assert_close(pixels, (200 - torch.tensor(stats.mean)) / torch.tensor(stats.std), atol=1e-3, rtol=0)
+
+
+def saved(path: Path, detector: Any, name: str) -> Path:
+    info = DetectorInfo(name, detector.build_options, ["a"] * detector.num_classes, [], {}, "student", "mixpl", 1, {})
+    json.dumps(detector.build_options)
+    save_detector(path, detector, info)
+    return path
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal weights, and equal predictions."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        return False
+    found, wanted = a.predict(PAIR)[0], b.predict(PAIR)[0]
+    return torch.equal(found["boxes"], wanted["boxes"]) and a.pixel_stats == b.pixel_stats
+
+
+class TestBuilding:
+    def test_family_and_checkpoint(self, tmp_path: Path) -> None:
+        detector: Any = build_detector("hf:rt_detr", 2, **RT_DETR)
+        assert detector.num_classes == 2
+        loaded, _ = load_detector(saved(tmp_path / "best.safetensors", detector, "hf:rt_detr"))
+        assert same(detector, loaded)
+
+    def test_deformable_detr_needs_no_further_package(self) -> None:
+        options = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 5}
+        backbone = {"model_type": "resnet", **RESNET, "out_features": ["stage2", "stage3", "stage4"]}
+        detector: Any = build_detector("hf:deformable_detr", 2, backbone_config=backbone, **options)
+        assert detector.model.config.auxiliary_loss
+        assert detector.model.class_embed[0].bias.max() < -4
+        assert FAMILIES["deformable_detr"].defaults["backbone_config"]["model_type"] == "resnet"
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_folder(self, name: str, tmp_path: Path) -> None:
+        folder = tmp_path / "checkpoint"
+        model: Any = build(name)
+        model.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(
+            json.dumps({"do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.25]})
+        )
+        detector: Any = build_detector(f"hf:{folder}", 3)
+        assert all(torch.equal(value, detector.model.state_dict()[key]) for key, value in model.state_dict().items())
+        assert detector.pixel_stats.mean == pytest.approx((25.5, 51.0, 76.5))
+        assert detector.pixel_stats.std == pytest.approx((127.5, 127.5, 63.75))
+        tuned: Any = build_detector(f"hf:{folder}", 7, patch=False)
+        assert tuned.num_classes == 7
+        file = saved(tmp_path / "best.safetensors", tuned, f"hf:{folder}")
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        loaded: Any = load_detector(file)[0]
+        assert same(tuned, loaded)
+        assert dropin.unpatch(loaded.model) == 0
+
+    @pytest.mark.parametrize(
+        ("processor", "stats"),
+        [
+            ({}, UNIT),
+            ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, UNIT),
+            (
+                {"do_rescale": False, "do_normalize": True, "image_mean": [1, 2, 3], "image_std": [4, 5, 6]},
+                PixelStats((1, 2, 3), (4, 5, 6)),
+            ),
+            ({"do_rescale": True, "rescale_factor": 0.5}, PixelStats((0, 0, 0), (2, 2, 2))),
+        ],
+    )
+    def test_image_processor(self, processor: dict[str, Any], stats: PixelStats, tmp_path: Path) -> None:
+        build("rt_detr").save_pretrained(tmp_path)  # type: ignore[operator]
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        found: Any = build_detector(f"hf:{tmp_path}", 3).pixel_stats
+        assert found.mean == pytest.approx(stats.mean)
+        assert found.std == pytest.approx(stats.std)
+
+    def test_options_of_a_folder(self, tmp_path: Path) -> None:
+        build("deformable_detr").save_pretrained(tmp_path)  # type: ignore[operator]
+        detector: Any = build_detector(f"hf:{tmp_path}", 3, auxiliary_loss=False, dropout=0.2, pixel_mean=[1, 2, 3], pixel_std=[4, 5, 6])
+        assert detector.model.config.auxiliary_loss is False
+        assert detector.model.config.dropout == 0.2
+        assert detector.pixel_stats == PixelStats((1, 2, 3), (4, 5, 6))
+
+    def test_weights_file_with_transformers_names(self, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        detector: Any = build_detector("hf:rt_detr", 3, **RT_DETR)
+        save_file({key: value.contiguous() for key, value in detector.model.state_dict().items()}, tmp_path / "weights.safetensors")
+        again = build_detector("hf:rt_detr", 3, weights=tmp_path / "weights.safetensors", **RT_DETR)
+        assert same(detector, again)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (nn.Linear(1, 1), "model must be one of transformers' DeformableDetrForObjectDetection, .* got Linear"),
+            ("grounding_dino", "got GroundingDinoForObjectDetection"),
+        ],
+    )
+    def test_model(self, model: Any, message: str) -> None:
+        with pytest.raises(TypeError, match=message):
+            from_transformers(BUILD[model]() if isinstance(model, str) else model)
+
+    def test_num_classes(self) -> None:
+        with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+            from_transformers(build("rt_detr"), 0)
+
+    def test_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing() -> None:
+            raise ImportError("transformers cannot be imported")
+
+        monkeypatch.setattr("ssod_fast.dropin.transformers.models.check_version", missing)
+        for call in (lambda: from_transformers(nn.Linear(1, 1)), lambda: build_detector("hf:rt_detr", 3)):
+            with pytest.raises(ImportError, match=r"pip install 'ssod_fast\[hf\]'"):
+                call()
+
+    def test_arguments(self) -> None:
+        detector = make("rt_detr")
+        with pytest.raises(ValueError, match="expected 2, got 1"):
+            detector.losses(PAIR, TARGETS[:1])
+        with pytest.raises(ValueError, match=r"labels'\] must lie in 0\.\.2"):
+            detector.losses(PAIR, [boxes_of([1, 1, 9, 9], label=3), NOTHING])
+        with pytest.raises(ValueError, match="topk must be at least 1, got 0"):
+            detector.predict(PAIR, topk=0)
+        with pytest.raises(ValueError, match=r"score_thr must lie in 0\.\.1, got 2"):
+            detector.predict(PAIR, score_thr=2)
+
+    @pytest.mark.parametrize("name", [*UNMASKED, "rf_detr"])
+    def test_small_images(self, name: str) -> None:
+        detector = from_transformers(build(name, num_queries=40) if name in UNMASKED else build(name))
+        small = batch_of((16, 16), (16, 16), canvas=(32, 32) if name in UNMASKED else (16, 16))
+        with pytest.raises(ValueError, match=r"images must be larger: \d+ x \d+ pixels have fewer places"):
+            detector.predict(small)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("hf:rt_detr2", {}, r"unknown detector 'hf:rt_detr2' \(did you mean .*rt_detr.*nothing is downloaded"),
+            ("hf:PekingU/rtdetr_r50vd", {}, "expected hf:NAME with one of deformable_detr, .* or hf:FOLDER"),
+            ("hf:rt_detr", {"num_querys": 3}, r"rt_detr has no option 'num_querys' \(did you mean num_queries\?\)"),
+            ("hf:rt_detr", {"num_queries": "many"}, "rt_detr cannot be configured so: .*num_queries"),
+            ("hf:rt_detr", {"pixel_mean": [1, 2, 3]}, "pixel_mean and pixel_std must be given together"),
+            ("hf:deformable_detr", {"backbone": "resnet50"}, "no option 'backbone'"),
+            ("hf:gone", {"config": {"model_type": "bert"}}, "must have a model_type of deformable_detr, .* got 'bert'"),
+            ("hf:gone", {"config": {"model_type": "rt_detr", "backbone": "resnet50"}}, "'resnet50' of a backbone, which would have to"),
+        ],
+    )
+    def test_names_and_options(self, name: str, options: dict[str, Any], message: str) -> None:
+        given = {**RT_DETR, **options} if name == "hf:rt_detr" else options
+        with pytest.raises(ValueError, match=message):
+            build_detector(name, 3, **given)
+
+    def test_backbone_weights(self, tmp_path: Path) -> None:
+        torch.save({}, tmp_path / "backbone.pt")
+        with pytest.raises(ValueError, match="hf:rt_detr takes no backbone_weights"):
+            build_detector("hf:rt_detr", 3, backbone_weights=tmp_path / "backbone.pt")
+
+    def test_folders(self, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        with pytest.raises(ValueError, match=r"must hold config\.json, got nothing"):
+            build_detector(f"hf:{tmp_path}", 3)
+        build("rt_detr").save_pretrained(tmp_path)  # type: ignore[operator]
+        weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+        tensors, text = load_file(weights), config.read_text()
+        save_file({key: value for key, value in tensors.items() if "enc_score_head" not in key}, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"lacks 2 tensors of RTDetrForObjectDetection: model.enc_score_head.bias"):
+            build_detector(f"hf:{tmp_path}", 3)
+        weights.write_bytes(b"no weights")
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            build_detector(f"hf:{tmp_path}", 3)
+        weights.unlink()
+        with pytest.raises(ValueError, match=r"must hold \*.safetensors, got config.json"):
+            build_detector(f"hf:{tmp_path}", 3)
+        config.write_text("{")
+        with pytest.raises(ValueError, match=r"config.json is no json"):
+            build_detector(f"hf:{tmp_path}", 3)
+        config.write_text(text.replace('"model_type": "rt_detr"', '"model_type": "detr"'))
+        with pytest.raises(ValueError, match=r"config.json must have a model_type of .* got 'detr'"):
+            build_detector(f"hf:{tmp_path}", 3)
