@@ -24,8 +24,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from .anchors import CentredAnchorGenerator
 from .backbones import TINY, BackboneOptions, backbone_names, build_backbone
+from .deformable_detr.build import OWN, build_own
 from .from_torchvision import from_torchvision
+from .options import check_options
 from .protocol import near, require
+from .transformers.build import HF, build_hf
 from .weights import WeightsFile, load_detector, read_weights
 
 TORCHVISION = "torchvision:"
@@ -98,14 +101,16 @@ def build_detector(
 
     Args:
         name: `torchvision:{fcos|retinanet|fasterrcnn}_{backbone}_fpn`, where backbone is `tiny` or a convolutional network of
-            torchvision.models (`fcos_mobilenet_v2_fpn`); one of torchvision's `_v2` and `_320` names; or `package.module:callable`,
-            which is called with `num_classes` and the options and returns a detector or a torchvision model.
+            torchvision.models (`fcos_mobilenet_v2_fpn`); one of torchvision's `_v2` and `_320` names;
+            `own:{deformable_detr|dino}_{backbone}`; `hf:` and a family of transformers or a local folder with a checkpoint of one, see
+            :func:`~ssod_fast.detectors.transformers.build.build_hf`; or `package.module:callable`, which is called with `num_classes` and
+            the options and returns a detector or a torchvision model.
         num_classes: without background.
         weights: file with the weights of the whole detector.
         backbone_weights: file with the weights of the classification network.
         options: fields of :class:`BackboneOptions` and :class:`HeadOptions`, and thresholds and counts of the torchvision model, for
-            example `nms_thresh`. By default a backbone with pretrained weights gets frozen batch norm and trains its three deepest stages,
-            and it is padded as its weights file says.
+            example `nms_thresh`; for `own:` names see :func:`~ssod_fast.detectors.deformable_detr.build.build_own`. By default a backbone
+            with pretrained weights gets frozen batch norm and trains its three deepest stages, and it is padded as its weights file says.
 
     Raises:
         ValueError: unknown name or option (with the nearest ones), or files that do not fit.
@@ -116,6 +121,10 @@ def build_detector(
     backbone_file = None if backbone_weights is None else read_weights(backbone_weights)
     if name.startswith(TORCHVISION):
         detector, resolved = _build_torchvision(name.removeprefix(TORCHVISION), num_classes, backbone_file, options)
+    elif name.startswith(OWN):
+        detector, resolved = build_own(name.removeprefix(OWN), num_classes, backbone_file, options)
+    elif name.startswith(HF):
+        detector, resolved = build_hf(name.removeprefix(HF), num_classes, backbone_file, options)
     else:
         detector, resolved = _call(name, num_classes, backbone_weights, options), options
     if weights is not None:
@@ -128,8 +137,9 @@ def build_detector(
 
 def _call(name: str, num_classes: int, backbone_weights: str | Path | None, options: dict[str, Any]) -> nn.Module:
     module, colon, attribute = name.partition(":")
-    if not colon or module in ("hf", "own"):
-        raise ValueError(f"unknown detector {name!r}: expected torchvision:NAME or package.module:callable, for example {_example(name)}")
+    if not colon:
+        expected = "torchvision:NAME, own:NAME, hf:NAME, hf:FOLDER or package.module:callable"
+        raise ValueError(f"unknown detector {name!r}: expected {expected}, for example {_example(name)}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -180,7 +190,7 @@ def _build_torchvision(name: str, classes: int, file: WeightsFile | None, option
 
 def _build_official(name: str, classes: int, file: WeightsFile | None, options: dict[str, Any]) -> nn.Module:
     family = name.partition("_")[0]
-    _check_options(options, _model_options(family), name)
+    check_options(options, _model_options(family), name)
     if file is not None:
         raise ValueError(
             f"{name} takes no backbone_weights: give weights of the whole detector, or choose torchvision:{family}_resnet50_fpn"
@@ -214,7 +224,7 @@ def _defaults(family: str, backbone: str, file: WeightsFile | None) -> dict[str,
 def _sort_options(family: str, name: str, values: dict[str, Any]) -> tuple[BackboneOptions, HeadOptions, dict[str, Any]]:
     pyramid_names = {field.name for field in fields(BackboneOptions)} - {"max_pool"}
     head_names = {field.name for field in fields(HeadOptions)}
-    _check_options(values, pyramid_names | head_names | _model_options(family), name)
+    check_options(values, pyramid_names | head_names | _model_options(family), name)
     # Lists come from YAML and JSON files.
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     pyramid = BackboneOptions(max_pool=family == "fasterrcnn", **{k: v for k, v in values.items() if k in pyramid_names})
@@ -225,12 +235,6 @@ def _sort_options(family: str, name: str, values: dict[str, Any]) -> tuple[Backb
 def _model_options(family: str) -> set[str]:
     """Thresholds and counts that torchvision's model takes."""
     return {p for p in inspect.signature(_MODELS[family].__init__).parameters if not _OWN_ARGUMENTS.fullmatch(p)}
-
-
-def _check_options(given: dict[str, Any], known: set[str], name: str) -> None:
-    for option in given:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}{near(option, sorted(known))}; known: {', '.join(sorted(known))}")
 
 
 def _generator(pyramid: BackboneOptions, sizes: Sequence[tuple[float, ...]], ratios: tuple[float, ...]) -> AnchorGenerator:

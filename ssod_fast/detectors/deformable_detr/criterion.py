@@ -68,8 +68,16 @@ class DETRCriterion:
             boxes: [L, B, Q, 4] or [B, Q, 4] cxcywh, normalised.
             targets: boxes in the same form.
         """
-        weights = {"w_class": self.cls_cost, "w_box": self.l1_cost, "w_giou": self.giou_cost}
-        return match(logits, boxes, targets, alpha=self.alpha, gamma=self.gamma, **weights)
+        return match(
+            logits,
+            boxes,
+            targets,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            w_class=self.cls_cost,
+            w_box=self.l1_cost,
+            w_giou=self.giou_cost,
+        )
 
     def losses(
         self, logits: Tensor, boxes: Tensor, targets: AnyTargets, *, prefix: str = "", norm: Tensor | float | None = None

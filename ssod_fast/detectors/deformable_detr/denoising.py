@@ -150,7 +150,7 @@ def _with_made_up(targets: PaddedTargets, num_classes: int, generator: torch.Gen
     first = torch.arange(targets.nmax, device=device) == 0
     made_up = first & (targets.count == 0)[:, None]  # [B, N]
     labels = torch.where(made_up, label, targets.labels)
-    boxes = torch.where(made_up[..., None], _FILLER, targets.boxes.float())
+    boxes = torch.where(made_up[..., None], _FILLER, targets.boxes)
     return labels, boxes, targets.valid | made_up
 
 
@@ -169,4 +169,5 @@ def _spoil_boxes(boxes: Tensor, noise: float, generator: torch.Generator | None)
     corners = box_convert(boxes, "cxcywh", "xyxy")
     moved = (corners + torch.where(upwards, share, -share) * (half * noise)).clamp(0, 1)
     # Corners that passed each other leave a side of 0.
-    return box_convert(moved, "xyxy", "cxcywh").clamp(min=0)
+    found: Tensor = box_convert(moved, "xyxy", "cxcywh").clamp(min=0)
+    return found
