@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,8 @@ Shapes = Tensor | Sequence[Sequence[int]]
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 
 
-class LevelInput(NamedTuple):
-    """The pyramid as the ops take it: sizes on the device or on the host, [H0, W0, H1, ...], first tokens, and the number of levels."""
-
-    shapes: Tensor | None
-    start: Tensor | None
-    hw: list[int] | None
-    number: int
+# The pyramid as the ops take it: sizes and first tokens in tensors, sizes on the host [H0, W0, H1, ...], and the number of levels.
+LevelInput = tuple[Tensor | None, Tensor | None, list[int] | None, int]  # a tuple with names would take as long as two of the checks
 
 
 def check_value(value: Any) -> None:
@@ -44,25 +39,28 @@ def check_value(value: Any) -> None:
 
 def check_levels(value: Tensor, spatial_shapes: Any, level_start_index: Any) -> LevelInput:
     """Checks sizes that are on the host, in a tensor or not, against the tokens of value; the values of device tensors are never read."""
-    sizes: list[int] | None
+    shapes = hw = pairs = None
     if isinstance(spatial_shapes, Tensor):
-        shapes, hw, number = _table("spatial_shapes", spatial_shapes, value), None, spatial_shapes.shape[0] if spatial_shapes.dim() else 0
-        if shapes.dim() != 2 or shapes.shape[1] != 2:
-            raise ValueError(f"spatial_shapes must be [L, 2], got {list(shapes.shape)}")
-        known = _known(shapes)
-        sizes = None if known is None else _host_sizes(known, value)
+        shapes = _table("spatial_shapes", spatial_shapes, value)
+        size = shapes.shape
+        if len(size) != 2 or size[1] != 2:
+            raise ValueError(f"spatial_shapes must be [L, 2], got {list(size)}")
+        number = size[0]
+        if _is_readable(shapes):
+            pairs = _table_sizes(shapes, value)
     else:
-        shapes, hw = None, _host_sizes(spatial_shapes, value)
-        sizes, number = hw, len(hw) // 2
+        hw = _host_sizes(spatial_shapes, value)
+        number = len(hw) // 2
     if level_start_index is None:
-        return LevelInput(shapes, None, hw, number)
+        return shapes, None, hw, number
     start = _table("level_start_index", level_start_index, value)
-    if start.dim() != 1 or start.shape[0] != number:
+    if start.shape != (number,):
         raise ValueError(f"level_start_index must be [{number}], one number per level, got {list(start.shape)}")
-    first = _known(start)
-    if sizes is not None and first is not None:
-        _check_starts(first, sizes, value.shape[1])
-    return LevelInput(shapes, start, hw, number)
+    if hw is not None and _is_readable(start):
+        pairs = [hw[i : i + 2] for i in range(0, len(hw), 2)]
+    if pairs is not None and type(start) is Tensor:  # on the same device as sizes that could be read
+        _check_starts(start.numpy().tolist(), pairs, value.shape[1])
+    return shapes, start, hw, number
 
 
 def check_samples(
@@ -81,8 +79,10 @@ def check_samples(
     _check_points(samples, levels, num_points, weights_name)
     if num_points is not None and (positions.dim() == 6 or weights.dim() == 5):
         _check_equal_points(samples // max(levels, 1), levels, num_points)
-    _check_device(positions_name, positions, value)
-    _check_device(weights_name, weights, value)
+    device = value.device
+    if positions.device != device or weights.device != device:
+        _check_device(positions_name, positions, value)
+        _check_device(weights_name, weights, value)
 
 
 def check_reference(points: Any, value: Tensor, weights: Tensor, levels: int) -> None:
@@ -103,7 +103,7 @@ def check_deterministic(switch: Any) -> None:
 
 def check_offset_scale(scale: Any) -> float:
     """`scale` as a float; a tensor is refused, since reading it would wait for its device."""
-    if not isinstance(scale, Real | torch.SymFloat):
+    if type(scale) is not float and not isinstance(scale, Real | torch.SymFloat):
         raise TypeError(f"offset_scale must be a number, got {type(scale).__name__}")
     number = float(scale)
     if not -math.inf < number < math.inf:
@@ -175,7 +175,8 @@ def _table(name: str, table: Any, value: Tensor) -> Tensor:
     """An integer tensor of the device of value as contiguous int64."""
     if not isinstance(table, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
-    _check_device(name, table, value)
+    if table.device != value.device:
+        _check_device(name, table, value)
     if table.dtype is torch.int64:
         return table.contiguous()
     if table.dtype is not torch.int32:
@@ -196,23 +197,42 @@ def _host_sizes(spatial_shapes: Any, value: Tensor) -> list[int]:
     for size in hw:
         if (type(size) is not int and not isinstance(size, Integral | torch.SymInt)) or size < 0:
             raise ValueError(f"spatial_shapes must hold integers >= 0, got {spatial_shapes!r}")
-    if tokens != value.shape[1]:
-        raise ValueError(f"spatial_shapes must cover the {value.shape[1]} tokens of value, got {spatial_shapes!r}, which have {tokens}")
+    _check_tokens(tokens, value, spatial_shapes)
     return hw
 
 
-def _known(table: Tensor) -> Any:
-    """Numbers of a table that lies in host memory; None where reading it would wait for a device, or under a trace or a transform."""
-    if not table.is_cpu or type(table) is not Tensor or torch.compiler.is_compiling():
-        return None
-    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return None
-    return table.numpy().tolist()  # numpy() reads host memory or raises an error: it waits for no device
+def _table_sizes(shapes: Tensor, value: Tensor) -> list[list[int]]:
+    """Pairs of a readable table [L, 2], which cover the tokens of value."""
+    pairs: list[list[int]] = shapes.numpy().tolist()  # reads host memory or raises an error: waits for no device, as .tolist() would
+    tokens = 0
+    for height, width in pairs:
+        if height < 0 or width < 0:
+            raise ValueError(f"spatial_shapes must hold integers >= 0, got {pairs}")
+        tokens += height * width
+    _check_tokens(tokens, value, pairs)
+    return pairs
 
 
-def _check_starts(starts: Sequence[int], sizes: Sequence[int], tokens: int) -> None:
-    """Checks first tokens of levels of the sizes [H0, W0, H1, ...]."""
-    for start, height, width in zip(starts, sizes[::2], sizes[1::2], strict=True):
+def _check_tokens(tokens: int, value: Tensor, spatial_shapes: Any) -> None:
+    if tokens != value.shape[1]:
+        raise ValueError(f"spatial_shapes must cover the {value.shape[1]} tokens of value, got {spatial_shapes!r}, which have {tokens}")
+
+
+def _is_readable(table: Tensor) -> bool:
+    """Whether a table lies in host memory, so that reading it waits for no device, and no trace or transform runs."""
+    return (
+        table.is_cpu
+        and type(table) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _check_starts(starts: Sequence[int], pairs: Sequence[Sequence[int]], tokens: int) -> None:
+    """Checks first tokens of levels of the sizes (height, width)."""
+    for i, start in enumerate(starts):
+        height, width = pairs[i]
         if start < 0 or start + height * width > tokens:
             level = f"a level of {height} x {width}, got first tokens {list(starts)}"
             raise ValueError(f"level_start_index must leave room in the {tokens} tokens of value for {level}")
@@ -221,7 +241,7 @@ def _check_starts(starts: Sequence[int], sizes: Sequence[int], tokens: int) -> N
 def _flat_shape(name: str, tensor: Any, dims: int, levels: int) -> tuple[int, ...]:
     """Shape of [B, Q, M, L, P, ...] as [B, Q, M, K, ...], which has `dims` dimensions."""
     _check_float(name, tensor)
-    shape = tuple(tensor.shape)
+    shape: tuple[int, ...] = tensor.shape
     if len(shape) == dims:
         return shape
     if len(shape) != dims + 1:
