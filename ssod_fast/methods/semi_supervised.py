@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from ssod_fast.detectors.protocol import ImageBatch
+from ssod_fast.detectors.protocol import ImageBatch, LossProgram
 from ssod_fast.structures import PaddedTargets, Target
 
 from .ema import EMAConfig
@@ -18,7 +18,7 @@ from .step import BackwardDriver, StepOutput
 if TYPE_CHECKING:
     from ssod_fast.data.batches import LabeledBatch, UnlabeledBatch
 
-RunStudent = Callable[["ImageBatch", "PaddedTargets | list[Target]"], dict[str, Tensor]]
+RunStudent = Callable[[ImageBatch, PaddedTargets | list[Target] | LossProgram], dict[str, Tensor]]
 
 
 class Method(Protocol):
@@ -101,7 +101,7 @@ class SemiSupervisedDetector(MeanTeacher):
             raise ValueError(f"num_classes must be the detector's {self.student.num_classes}, got {num_classes}")
         self.method = method
         self.trainable = method.trainable
-        self.run_student = self.student.losses
+        self.run_student = self.student
 
     @property
     def trained(self) -> list[nn.Module]:
