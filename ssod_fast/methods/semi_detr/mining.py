@@ -56,8 +56,9 @@ def mean_std_filter(scores: Tensor, count: Tensor) -> Tensor:
     Raises:
         ValueError: for shapes that do not fit.
     """
+    threshold = mean_std_threshold(scores, count)
     real = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
-    return real & (scores.double() >= mean_std_threshold(scores, count)[:, None])
+    return real & (scores.double() >= threshold[:, None])
 
 
 class Mined(NamedTuple):
