@@ -224,8 +224,11 @@ def test_missing_safetensors_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
         ("torchvision:fcos_mobilnet_v2_fpn", r"'mobilnet_v2' is no convolutional network .*did you mean mobilenet_v2"),
         ("torchvision:fcs_resnet50_fpn", r"unknown detector 'fcs_resnet50_fpn': expected .*did you mean fcos_resnet50_fpn"),
         ("torchvision:fcos_vit_b_16_fpn", "'vit_b_16' is no convolutional network"),
-        ("fcos_tiny_fpn", r"expected torchvision:NAME or package.module:callable.*did you mean fcos_tiny_fpn"),
-        ("hf:some/model", "unknown detector 'hf:some/model': expected torchvision:NAME or package.module:callable"),
+        (
+            "fcos_tiny_fpn",
+            r"expected torchvision:NAME, own:NAME, hf:NAME, hf:FOLDER or package.module:callable.*did you mean fcos_tiny_fpn",
+        ),
+        ("hf:some/model", "unknown detector 'hf:some/model': expected hf:NAME with one of .* or hf:FOLDER"),
         ("no.such.module:build", "detector 'no.such.module:build' cannot be imported: No module named 'no'"),
         ("torch.nn:Nothing", "detector 'torch.nn:Nothing' cannot be imported"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_sync import SyncError, no_sync
 from tiny_detector import make_batches
 from tiny_transformers import BUILD, RESNET, build, rt_detr_options
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class TestLosses:
     def test_follows_the_protocol(self, name: str) -> None:
         detector = make(name)
         require(detector, "supports_weights", "features", for_method="any")
-        assert capabilities(detector) == {"supports_weights", "features"}
+        padded = {"supports_padded"} if name == "rf_detr" else set()
+        assert capabilities(detector) == {"supports_weights", "features", *padded}
         assert detector.num_classes == 3
 
     @pytest.mark.parametrize("targets", [TARGETS, [TARGETS[0], NOTHING], [NOTHING, NOTHING]], ids=["boxes", "one empty", "all empty"])
@@ -130,6 +132,17 @@ class TestLosses:
             assert found.keys() == wanted.keys()
             for key, value in wanted.items():
                 torch.testing.assert_close(found[key], value)
+
+    def test_no_sync_where_padded_targets_are_supported(self, name: str) -> None:
+        detector = make(name)
+        targets = PaddedTargets.from_list(TARGETS, nmax=4)
+        if not detector.supports_padded:
+            with pytest.raises(SyncError), no_sync():
+                detector.losses(PAIR, targets)
+            return
+        detector.losses(PAIR, targets)
+        with no_sync():
+            total(detector.losses(PAIR, targets)).backward()
 
     def test_bfloat16(self, name: str) -> None:
         detector = make(name)

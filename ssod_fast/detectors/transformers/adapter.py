@@ -26,18 +26,20 @@ WEIGHTS_KEY = "weights"
 class TransformersDetector(nn.Module):
     """A detector of transformers that methods can train; made by :func:`~ssod_fast.detectors.from_transformers`.
 
-    `losses` takes padded targets too, but waits for the device to unpad them: transformers wants labels image by image.
+    `losses` takes padded targets too, but waits for the device to unpad them, except for RF-DETR: RT-DETR and its successors make denoising
+    queries image by image, and Deformable DETR of transformers waits after each layer of its encoder anyway.
 
     Attributes:
         model: the model; `model.state_dict()` has transformers' own keys, `model.save_pretrained(folder)` writes a checkpoint of it.
         num_classes: without background.
         pixel_stats: what images are normalised with.
         stride: multiple that batches are padded to.
+        supports_weights: always.
+        supports_padded: whether `losses` runs on `PaddedTargets` without a host sync: RF-DETR alone.
         build_options: what :func:`~ssod_fast.detectors.build_detector` rebuilds this detector from.
     """
 
     supports_weights = True
-    supports_padded = False
 
     def __init__(self, model: Any, family: Family, pixel_stats: PixelStats) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class TransformersDetector(nn.Module):
         self.num_classes: int = self.model.config.num_labels
         self.pixel_stats = pixel_stats
         self.stride = stride_of(model)
+        self.supports_padded = family.padded
         self.build_options: dict[str, Any] = {}
         self._spare = [name for name, _ in model.named_parameters() if name in family.spare]
 
@@ -74,8 +77,7 @@ class TransformersDetector(nn.Module):
         batch = self.batch(images)
         padded = to_padded(targets, len(batch), self.num_classes, batch.tensor.device)
         wanted = normalised_targets(padded, self._frame_hw(batch), self.num_classes)
-        labels = [{"class_labels": t["labels"], "boxes": t["boxes"], WEIGHTS_KEY: t["weights"]} for t in wanted.to_list()]
-        return self._terms(self._run(batch, labels).loss_dict)
+        return self._terms(self._run(batch, wanted if self.family.padded else _labels(wanted)).loss_dict)
 
     def predict(self, images: ImageBatch | list[Tensor], score_thr: float = 0.0, topk: int = 300) -> list[Target]:
         """The best pairs of query and class, best first; without non-maximum suppression, and without boxes that lie in the padding.
@@ -115,7 +117,7 @@ class TransformersDetector(nn.Module):
         """`images` itself if it is a batch already, else the preprocessed list."""
         return as_image_batch(images, self.pixel_stats, self.stride)
 
-    def _run(self, batch: ImageBatch, labels: list[dict[str, Tensor]] | None = None) -> Any:
+    def _run(self, batch: ImageBatch, labels: PaddedTargets | list[dict[str, Tensor]] | None = None) -> Any:
         mask = self._mask(batch) if self.family.frame == "image" else None
         with _enough_places(self.model, self._canvas(batch)):
             return self.model(pixel_values=self._pixels(batch), pixel_mask=mask, labels=labels, return_dict=True)
@@ -178,6 +180,11 @@ def in_image(boxes: Tensor, ratio: Tensor) -> Tensor:
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     inside = ((centre + half > 0) & (centre - half < 1)).all(-1, keepdim=True)
     return torch.where(inside, boxes, torch.nan)
+
+
+def _labels(targets: PaddedTargets) -> list[dict[str, Tensor]]:
+    """As transformers wants them. Waits for the device."""
+    return [{"class_labels": t["labels"], "boxes": t["boxes"], WEIGHTS_KEY: t["weights"]} for t in targets.to_list()]
 
 
 def _kind(name: str) -> str:

@@ -28,6 +28,7 @@ class Family:
         terms: the losses that its loss is the sum of, of each layer.
         factors: fields of the config with the factors of terms that enter the loss dict without.
         spare: parameters that take part in no loss, at least for a batch without boxes. DistributedDataParallel waits for their gradients.
+        padded: whether a training step can do without waiting for the device: labels go to the loss alone, and nothing else reads values.
         defaults: options of a model built from its config, where transformers' own need a download or a further package.
     """
 
@@ -37,6 +38,7 @@ class Family:
     terms: tuple[str, ...]
     factors: Mapping[str, str]
     spare: tuple[str, ...]
+    padded: bool
     defaults: Mapping[str, Any]
 
     def coefficients(self, config: Any) -> dict[str, float]:
@@ -47,7 +49,7 @@ class Family:
 def _canvas(model: str, *further: str) -> Family:
     """RT-DETR and what followed from it: the terms of their loss dicts have their factors already."""
     terms = (*_RT_DETR_TERMS, *further)
-    return Family(model, "canvas", UNIT, terms, {}, ("model.denoising_class_embed.weight",), {})
+    return Family(model, "canvas", UNIT, terms, {}, ("model.denoising_class_embed.weight",), False, {})
 
 
 _BOX_FACTORS = {"loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
@@ -61,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         terms=_BOX_TERMS,
         factors=_BOX_FACTORS,
         spare=(),
+        padded=False,  # its encoder asks after each layer whether all is finite
         # transformers' own default is a network of timm.
         defaults={"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}},
     ),
@@ -74,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         terms=_BOX_TERMS,
         factors={"loss_ce": "class_loss_coefficient", **_BOX_FACTORS},
         spare=("model.backbone.backbone.embeddings.mask_token",),
+        padded=True,
         defaults={},
     ),
 }

@@ -23,6 +23,7 @@ from ...criterion import (
 )
 from ...ops._matches import Matches
 from ...ops.packed_targets import PackedTargets, pack_targets
+from ...structures import PaddedTargets
 from .grounded import match_grounded, matched_grounded_loss, phrase_tokens
 from .labels import Targets, boxes_and_labels
 from .matchers import whole_groups
@@ -70,8 +71,10 @@ class Loss:
 
     weights_key: str = "weights"
 
-    def targets(self, labels: Targets, logits: Tensor) -> PackedTargets:
-        """Labels of all images as rows on the device of the predictions."""
+    def targets(self, labels: Targets | PaddedTargets, logits: Tensor) -> PackedTargets:
+        """Labels of all images as rows on the device of the predictions; padded ones, which our own detectors hand through, are there."""
+        if isinstance(labels, PaddedTargets):
+            return pack_targets(labels)
         return pack_targets(boxes_and_labels(labels, self.weights_key), logits.device)
 
 
@@ -97,10 +100,11 @@ def cardinality_error(found: Tensor, targets: PackedTargets) -> dict[str, Tensor
 
     Args:
         found: bool [L, B, Q], whether a query predicts an object.
-        targets: rows of the batch, ragged.
+        targets: rows of the batch.
     """
-    assert targets.offsets is not None  # targets of lists are ragged
-    return {"cardinality_error": (found.sum(-1) - targets.offsets.diff()).abs().float().mean(-1)}
+    counts = targets.offsets.diff() if targets.offsets is not None else targets.counts
+    assert counts is not None  # targets are ragged or padded
+    return {"cardinality_error": (found.sum(-1) - counts).abs().float().mean(-1)}
 
 
 def detected(logits: Tensor) -> Tensor:
