@@ -12,7 +12,8 @@
 namespace ssod {
 
 // Samples of a tile as these loops read them. The corners of sample i lie at above[i] and below[i] numbers from row 0,
-// and one row behind each; corner c counts, by its share in shares [n, 4], if bit c of inside[i] is set.
+// and one row behind each; corner c counts, by its share in shares [n, 4], if bit c of inside[i] is set. Behind the
+// last sample there are kLookahead more offsets, of anything.
 template <typename T>
 struct SampleView {
   const int64_t *above, *below;
@@ -21,6 +22,22 @@ struct SampleView {
 };
 
 constexpr int32_t kAllInside = 15;
+
+// Samples between the request for pixels and their use. Pixels of the few queries of a decoder lie far apart, in no
+// order that hardware would foresee.
+constexpr int64_t kLookahead = 8;
+
+// Requests the corners of sample i, `bytes` of each. Of a sample that is not live they may lie anywhere.
+template <int64_t bytes, typename V, typename T>
+SSOD_HD void request_corners(const V* value, int64_t stride, const SampleView<T>& s, int64_t i) {
+  const uintptr_t above = reinterpret_cast<uintptr_t>(value) + s.above[i] * sizeof(V);
+  const uintptr_t below = reinterpret_cast<uintptr_t>(value) + s.below[i] * sizeof(V);
+  for (uintptr_t corner : {above, above + stride * sizeof(V), below, below + stride * sizeof(V)}) {
+    for (int64_t line = 0; line < bytes; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(corner + line));
+    }
+  }
+}
 
 // Calls f(columns, vectors, lanes), with the last two as compile-time constants, for blocks that cover the channels: as
 // wide as registers are, then narrower ones for the rest.
@@ -54,6 +71,7 @@ SSOD_HD void sum_block(const V* value, int64_t stride, const SampleView<T>& s, i
   using Vector = typename Lanes<T, kLanes>::type;
   Vector total[kVectors] = {};
   for (int64_t i = first; i < last; ++i) {
+    request_corners<kVectors * kLanes * sizeof(V)>(value, stride, s, i + kLookahead);
     const V *above = value + s.above[i], *below = value + s.below[i];
     const T* shares = s.shares + 4 * i;
     if (s.inside[i] == kAllInside) {
@@ -144,6 +162,7 @@ SSOD_HD void dot_block(const V* value, int64_t stride, const SampleView<T>& s, i
   Vector g[kVectors];
   std::memcpy(g, grad, sizeof(g));
   for (int64_t i = first; i < last; ++i) {
+    request_corners<kVectors * kLanes * sizeof(V)>(value, stride, s, i + kLookahead);
     const V *above = value + s.above[i], *below = value + s.below[i];
     Vector products[4] = {};
     if (s.inside[i] == kAllInside) {

@@ -228,7 +228,7 @@ class DeformTile {
       : levels(levels), p_(problem), capacity_(tile_queries(problem) * problem.samples) {
     numbers_.resize((kArrays + 4) * capacity_ + 2 * tile_queries(problem));
     row_.resize(capacity_);
-    offsets_.resize(2 * capacity_);
+    offsets_.resize(2 * (capacity_ + kLookahead));
     inside_.resize(capacity_);
     T* next = numbers_.data();
     for (T** array : {&x, &y, &px, &py, &weight, &fx, &fy, &ref_x, &ref_y, &ref_w, &ref_h, &scale_x, &scale_y}) {
@@ -277,7 +277,7 @@ class DeformTile {
 
   // The samples in rows that lie `stride` numbers apart.
   SampleView<T> view(int64_t stride) {
-    int64_t *above = offsets_.data(), *below = above + capacity_;
+    int64_t *above = offsets_.data(), *below = above + capacity_ + kLookahead;
     row_offsets(row, levels.width.data(), stride, n, above, below);
     return {above, below, inside, shares};
   }
