@@ -12,6 +12,12 @@ from torchvision.ops import box_iou, complete_box_iou
 
 Target = dict[str, Tensor]
 
+# Five predictions and two targets, small enough to check by hand.
+BOXES = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [21, 10, 61, 50], [30, 10, 70, 50], [80, 80, 90, 90]])[None]
+PROBABILITIES = torch.tensor([[0.9, 0.1], [0.5, 0.2], [0.9, 0.1], [0.1, 0.8], [0.3, 0.3]])[None]
+TARGETS = [{"boxes": torch.tensor([[10.0, 10, 50, 50], [30, 10, 70, 50]]), "labels": torch.tensor([0, 1])}]
+CENTRAL = torch.tensor([[40.0, 30, 16, 16]]).repeat(5, 1)  # in the box and the central region of both targets
+
 # Options that between them take every branch of every rule. "priors" and "levels" are flags here, see `arguments`.
 RULE_CASES: dict[str, dict[str, Any]] = {
     "tal": {"rule": "tal"},

@@ -1,6 +1,7 @@
+"""Overlaps of all pairs: values, shapes, dtypes, laws, and what is refused."""
+
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.ops as tv
-from box_cases import DEVICES, FORMATS, GOLDEN, GOLDEN_MODES, MODES, A, integer_boxes, random_boxes, rules, valid_boxes
-from conftest import ROOT
+from box_cases import DEVICES, GOLDEN, GOLDEN_MODES, MODES, A, random_boxes, rules, valid_boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -18,7 +18,7 @@ from tolerances import assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssod_fast.ops import _overlaps, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, ragged_box_iou
+from ssod_fast.ops import _overlaps, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from ssod_fast.ops._boxes import make_rule
 
 
@@ -254,131 +254,6 @@ def test_laws(boxes1: Tensor, boxes2: Tensor, power: int, shift: int) -> None:
     assert (box_iou(boxes1, boxes1).diagonal() == 1).all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck(mode: str, fmt: str) -> None:
-    boxes1 = valid_boxes(2, 5, dtype=torch.float64).requires_grad_()
-    boxes2 = valid_boxes(2, 4, seed=1, dtype=torch.float64).requires_grad_()
-    if mode == "ciou":  # its weight alpha is held constant, so finite differences do not apply
-        first = torch.autograd.grad(box_iou(boxes1, boxes2, mode=mode, fmt=fmt).sum(), (boxes1, boxes2))
-        rule = make_rule(mode, fmt, "zero", None)
-        a, b = _overlaps.corners(boxes1, rule).unsqueeze(-1), _overlaps.corners(boxes2, rule).unsqueeze(-2)
-        diou = _overlaps.overlaps(a, b, rule._replace(mode=3), nan_zero=False)
-        iou = _overlaps.overlaps(a, b, rule._replace(mode=0), nan_zero=False)
-        v = 4 / torch.pi**2 * (torch.atan(b.w / b.h) - torch.atan(a.w / a.h)) ** 2
-        alpha = (v / (1 - iou + v)).detach()
-        second = torch.autograd.grad((diou - alpha * v).sum(), (boxes1, boxes2))
-        torch.testing.assert_close(first, second, atol=1e-12, rtol=1e-10)
-    else:
-        assert torch.autograd.gradcheck(lambda x, y: box_iou(x, y, mode=mode, fmt=fmt), (boxes1, boxes2), atol=1e-7)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("mode", "fmt", "eps_mode", "eps"), rules())
-def test_gradient_matches_reference(device: str, mode: str, fmt: str, eps_mode: str, eps: float) -> None:
-    boxes1 = random_boxes(2, 33, dtype=torch.float64).to(device)
-    boxes2 = random_boxes(2, 540, seed=1, dtype=torch.float64).to(device)
-    grad = torch.rand(2, 33, 540, dtype=torch.float64, device=device)
-    rule = make_rule(mode, fmt, eps_mode, eps)
-    for nan_zero in (False, True):
-        a, b = _overlaps.corners(boxes1, rule).unsqueeze(-1), _overlaps.corners(boxes2, rule).unsqueeze(-2)
-        grad1, grad2 = _overlaps.overlap_gradients(grad, a, b, rule, nan_zero)
-        leaf1, leaf2 = boxes1.clone().requires_grad_(), boxes2.clone().requires_grad_()
-        value = box_iou(leaf1, leaf2, mode=mode, fmt=fmt, eps_mode=eps_mode, eps=eps, nan="zero" if nan_zero else "propagate")
-        actual = torch.autograd.grad(value, (leaf1, leaf2), grad)
-        for got, expected in zip(actual, (grad1.sum(-2), grad2.sum(-3)), strict=True):
-            torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10, equal_nan=True)
-
-
-@pytest.mark.parametrize("mode", ["iou", "giou"])
-def test_gradient_equals_torchvision_autograd_at_ties(mode: str) -> None:
-    boxes1 = integer_boxes(30).requires_grad_()
-    boxes2 = integer_boxes(40, seed=1).requires_grad_()
-    weight = torch.rand(30, 40, dtype=torch.float64)
-    peer = tv.box_iou if mode == "iou" else tv.generalized_box_iou
-    ours = torch.autograd.grad((box_iou(boxes1, boxes2, mode=mode, eps_mode="none") * weight).sum(), (boxes1, boxes2))
-    theirs = torch.autograd.grad((peer(boxes1, boxes2) * weight).sum(), (boxes1, boxes2))
-    torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-10)
-
-
-def test_gradient_needs() -> None:
-    boxes1, boxes2 = valid_boxes(5), valid_boxes(6, seed=1)
-    one = boxes1.clone().requires_grad_()
-    box_iou(one, boxes2, mode="giou").sum().backward()  # an expanded incoming gradient
-    both = boxes1.clone().requires_grad_(), boxes2.clone().requires_grad_()
-    box_iou(*both, mode="giou").backward(torch.ones(6, 5).t())
-    assert torch.equal(one.grad, both[0].grad)
-    half = boxes1.half().requires_grad_()
-    box_iou(half, boxes2, dtype=torch.bfloat16).sum().backward()
-    assert half.grad is not None
-    assert half.grad.dtype == torch.float16
-    empty = torch.zeros(0, 4, requires_grad=True)
-    box_iou(empty, boxes2).sum().backward()
-    assert empty.grad is not None
-    assert empty.grad.shape == (0, 4)
-    lone = boxes1.clone().requires_grad_()
-    box_iou(lone, torch.zeros(0, 4)).sum().backward()
-    assert (lone.grad == 0).all()
-
-
-def test_gradient_does_not_depend_on_threads() -> None:
-    boxes1, boxes2 = valid_boxes(900).requires_grad_(), valid_boxes(700, seed=1).requires_grad_()
-    threads = torch.get_num_threads()
-    results = []
-    for n in (1, 2):
-        torch.set_num_threads(n)
-        results.append(torch.autograd.grad(box_iou(boxes1, boxes2, mode="giou").sum(), (boxes1, boxes2)))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_gradient_of_few_rows_and_many_columns_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    peak_bytes = importlib.import_module("machine").peak_bytes
-    boxes1, boxes2 = valid_boxes(4).requires_grad_(), valid_boxes(200_000, seed=1).requires_grad_()
-    grad = torch.rand(4, 200_000)
-    result = box_iou(boxes1, boxes2, mode="giou")
-
-    def backward() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(result, (boxes1, boxes2), grad, retain_graph=True)
-
-    parts = zip(boxes2.split(1000), grad.split(1000, 1), strict=True)
-    few = [torch.autograd.grad(box_iou(boxes1, part, mode="giou"), boxes1, g) for part, g in parts]
-    torch.testing.assert_close(backward()[0], torch.stack([g for (g,) in few]).sum(0), rtol=1e-4, atol=1e-4)
-    peak = peak_bytes(backward, torch.device("cpu"))
-    assert peak is None or peak < 16 * 2**20  # planes, sums and gradients take 11 MiB; column sums for each of six parts take 16 more
-
-
-def test_double_backward_is_refused() -> None:
-    boxes = valid_boxes(3).requires_grad_()
-    (grad,) = torch.autograd.grad(box_iou(boxes, valid_boxes(2, seed=1)).sum(), boxes, create_graph=True)
-    with pytest.raises(RuntimeError, match="box_iou: double backward is not implemented"):
-        grad.sum().backward()
-
-
-def ragged_case(device: str = "cpu", offset_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts1, counts2 = [3, 0, 5, 2], [4, 2, 0, 70]
-    boxes1, boxes2 = random_boxes(10).to(device), random_boxes(76, seed=1).to(device)
-    offsets1, offsets2 = (torch.tensor([0, *c]).cumsum(0).to(device, offset_dtype) for c in (counts1, counts2))
-    return boxes1, offsets1, boxes2, offsets2
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("offset_dtype", [torch.int32, torch.int64])
-def test_ragged_equals_loop(device: str, offset_dtype: torch.dtype) -> None:
-    boxes1, offsets1, boxes2, offsets2 = ragged_case(device, offset_dtype)
-    for mode in MODES:
-        with no_sync() if device == "cuda" else torch.no_grad():
-            actual = ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=72, pad_value=-3, mode=mode, fmt="xywh")
-        assert actual.shape == (10, 72)
-        for b in range(4):
-            rows, cols = slice(offsets1[b], offsets1[b + 1]), slice(offsets2[b], offsets2[b + 1])
-            expected = box_iou(boxes1[rows], boxes2[cols], mode=mode, fmt="xywh")
-            width = expected.shape[1]
-            assert torch.equal(actual[rows, :width].nan_to_num(9), expected.nan_to_num(9))
-            assert (actual[rows, width:] == -3).all()
-
-
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_compressed_sparse_boxes_are_refused() -> None:
     boxes = valid_boxes(3)
@@ -393,51 +268,6 @@ def test_functions_of_one_mode_refuse_another(function: Callable[..., Tensor], m
         function(boxes, boxes, mode="iou")
 
 
-def test_ragged_edges() -> None:
-    boxes1, offsets1, boxes2, offsets2 = ragged_case()
-    none = torch.zeros(1, dtype=torch.int64)
-    assert ragged_box_iou(boxes1[:0], none, boxes2[:0], none, max_boxes2=3).shape == (0, 3)
-    assert ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=70, dtype=torch.float16).dtype == torch.float16
-    with pytest.raises(ValueError, match=r"offsets1 must rise from 0 to the number of boxes \(10\), got \[0, 4, 3, 8, 10\]"):
-        ragged_box_iou(boxes1, torch.tensor([0, 4, 3, 8, 10]), boxes2, offsets2, max_boxes2=70)
-    with pytest.raises(ValueError, match="offsets2 must rise from 0"):
-        ragged_box_iou(boxes1, offsets1, boxes2, offsets2 + 1, max_boxes2=70)
-    with pytest.raises(ValueError, match=r"max_boxes2 must be at least the largest number of boxes of an image \(70\), got 69"):
-        ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=69)
-    with pytest.raises(TypeError, match=r"offsets1 must be int32 or int64, got torch\.float32"):
-        ragged_box_iou(boxes1, offsets1.float(), boxes2, offsets2, max_boxes2=70)
-    with pytest.raises(TypeError, match="boxes1 must be a tensor, got NoneType"):
-        ragged_box_iou(None, offsets1, boxes2, offsets2, max_boxes2=70)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="max_boxes2 must be an integer, got None"):
-        ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="dtype must be a floating dtype, got 'half'"):
-        ragged_box_iou(boxes1, offsets1, boxes2, offsets2, max_boxes2=70, dtype="half")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="offsets2 must be a tensor, got list"):
-        ragged_box_iou(boxes1, offsets1, boxes2, [0, 1], max_boxes2=70)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="equal lengths, got 5 and 4"):
-        ragged_box_iou(boxes1, offsets1, boxes2[:6], offsets2[:4], max_boxes2=70)
-    with pytest.raises(ValueError, match=r"offsets1 must have shape \[B \+ 1\]"):
-        ragged_box_iou(boxes1, offsets1[None], boxes2, offsets2, max_boxes2=70)
-    with pytest.raises(ValueError, match=r"boxes1 must have shape \[N, 4\] when offsets are given"):
-        ragged_box_iou(boxes1[None], offsets1, boxes2, offsets2, max_boxes2=70)
-    with pytest.raises(ValueError, match="ragged_box_iou carries no gradient"):
-        ragged_box_iou(boxes1.requires_grad_(), offsets1, boxes2, offsets2, max_boxes2=70)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("broken", [[-5, 20, 3, 400, 10], [4, 4, 4, 4, 4], [9, 8, 7, 6, 5], [0, 0, 0, 0, 2**40]])
-def test_broken_offsets_are_clamped(device: str, broken: list[int]) -> None:
-    """Offsets on a device are not read by the host, so the kernels must stay inside the boxes whatever they hold."""
-    boxes1, _, boxes2, _ = ragged_case(device)
-    offsets = torch.tensor(broken, device=device)
-    rule = (0, 0, 0, 0.0)
-    op = torch.ops.ssod_fast
-    assert op.ragged_box_iou(boxes1, offsets, boxes2, offsets, 5, -1.0, *rule, True, torch.float32).shape == (10, 5)
-    for index in op.box_iou_max(boxes1, boxes2, offsets, offsets, *rule, True, True)[1::2]:
-        assert (index < 76).all()
-    assert op.box_iou_below(boxes1, boxes2, offsets, offsets, 0.5, *rule, True)[0].shape == (10,)
-
-
 @pytest.mark.parametrize("lead", [(), (2,)])
 def test_opcheck(lead: tuple[int, ...]) -> None:
     boxes1, boxes2 = valid_boxes(*lead, 3), valid_boxes(*lead, 4, seed=1)
@@ -446,13 +276,6 @@ def test_opcheck(lead: tuple[int, ...]) -> None:
     torch.library.opcheck(op.box_iou.default, (boxes1, boxes2, *rule, torch.float32))
     torch.library.opcheck(op.box_iou.out, (boxes1, boxes2, *rule, torch.empty(*lead, 3, 4)))
     torch.library.opcheck(op.box_iou_backward.default, (torch.ones(*lead, 3, 4), boxes1, boxes2, *rule, True, False))
-
-
-def test_opcheck_ragged() -> None:
-    boxes1, offsets1, boxes2, offsets2 = ragged_case()
-    torch.library.opcheck(
-        torch.ops.ssod_fast.ragged_box_iou.default, (boxes1, offsets1, boxes2, offsets2, 70, 0.0, 0, 0, 0, 0.0, True, torch.float32)
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -475,12 +298,6 @@ def test_compile_out() -> None:
     out = torch.empty(5, 6)
     assert torch.equal(compiled(boxes1, boxes2, out), 2 * box_iou(boxes1, boxes2))
     assert torch.equal(out, box_iou(boxes1, boxes2))
-
-
-def test_compile_ragged() -> None:
-    case = ragged_case()
-    compiled = torch.compile(lambda *x: ragged_box_iou(*x, max_boxes2=70, nan="zero"), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*case), ragged_box_iou(*case, max_boxes2=70, nan="zero"))
 
 
 def test_no_sync_and_huge_sizes() -> None:
