@@ -71,7 +71,8 @@ def teacher_detections(
     """
     _check_outputs(logits, boxes, image_hw, topk, candidates)
     scores, corners = _wide(logits).sigmoid(), clipped_corners(_wide(boxes), image_hw)
-    sound = corners.isfinite().all(-1) & scores.isfinite().all(-1)  # [B, Q]
+    # Of the boxes as they came: clipping would make an infinite side a finite one.
+    sound = boxes.isfinite().all(-1) & scores.isfinite().all(-1)  # [B, Q]
     scores = torch.where(sound[..., None], scores, 0).flatten(1)  # [B, Q * C]
     looked_at = min(candidates, scores.shape[1])
     best, pair = scores.topk(looked_at, dim=1)
