@@ -22,7 +22,7 @@ Reduction = Literal["mean_product", "weighted"]
 
 STRIDES = (8, 16, 32, 64)
 _UNIT = 56.0  # pixels: boxes whose sides have twice this geometric mean belong to the second level, four times to the third
-_DUMMY = (0.25, 0.25, 0.75, 0.75)  # box of an image without pseudo boxes, in shares of it
+_DUMMY = (0.25, 0.75)  # where the box of an image without pseudo boxes begins and ends, in shares of either side
 _CENTRE = 0.5  # all four coordinates of a padding query, whose logits so are 0
 
 
@@ -74,7 +74,8 @@ class QueryRows:
             image_hw: [B, 2], height and width of the views.
         """
         extent = image_hw.flip(-1).repeat(1, 2).to(targets.boxes.dtype)  # [B, 4]
-        dummy = extent * extent.new_tensor(_DUMMY)
+        low, high = _DUMMY
+        dummy = torch.cat([low * extent[:, :2], high * extent[:, 2:]], 1)
         boxes = torch.cat([targets.boxes, dummy[:, None]], 1)  # a spare row, so that there is one to index in any case
         own = boxes.flatten(0, 1)[self.image * boxes.shape[1] + self.slot]
         return torch.where(self.weight[:, None] > 0, own, dummy[self.image])
