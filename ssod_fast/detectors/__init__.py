@@ -2,13 +2,14 @@
 
 from .build import build_detector
 from .from_torchvision import from_torchvision
-from .protocol import IMAGENET, Detector, ImageBatch, PixelStats, capabilities, preprocess, require
+from .protocol import IMAGENET, Detector, ImageBatch, LossProgram, PixelStats, capabilities, preprocess, require
 from .transformers import from_transformers
 
 __all__ = [
     "IMAGENET",
     "Detector",
     "ImageBatch",
+    "LossProgram",
     "PixelStats",
     "build_detector",
     "capabilities",
