@@ -178,14 +178,15 @@ def roi_features(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, *, stride
     if len(maps) != len(strides) or not maps:
         raise ValueError(f"maps must be as many as strides, {len(strides)}, got {len(maps)}")
     level = box_levels(boxes, len(maps))
-    pooled = []
+    total = torch.zeros((), device=boxes.device)
     for i, (features, stride) in enumerate(zip(maps, strides, strict=True)):
         features = _wide(features)
         # Boxes of other levels become empty: no sample is taken for them and they give zeros.
         own = torch.where((level == i)[:, None], boxes, 0)
         rois = torch.cat([image[:, None].to(features.dtype), own.to(features.dtype)], 1)
-        pooled.append(roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True))
-    return torch.stack(pooled).sum(0)
+        pooled = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+        total = pooled.add_(total)
+    return total
 
 
 def consistency_loss(student: Tensor, teacher: Tensor, weight: Tensor, *, reduction: Reduction = "mean_product") -> Tensor:
