@@ -437,7 +437,7 @@ class Trainer:
             ("loss", f"{losses.get('loss', float('nan')):.4g}"),
             ("step", f"{seconds:.3g} s"),
             ("memory", f"{memory:.2f} GiB on the GPU" if memory else None),
-            ("estimated", f"{clock(seconds * self.config.iters)} without evaluations (the first steps mix nothing yet and may be faster)"),
+            ("estimated", f"{clock(seconds * self.config.iters)} without evaluations (the first steps may be faster than later ones)"),
         ]
         self.console.say("dry run, nothing was written\n" + table(rows))
         return RunResult("dry run", self.config.folder, 0)
