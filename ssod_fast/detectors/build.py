@@ -28,7 +28,9 @@ from .deformable_detr.build import OWN, build_own
 from .from_torchvision import from_torchvision
 from .options import check_options
 from .protocol import near, require
+from .transformers import from_transformers
 from .transformers.build import HF, build_hf
+from .transformers.families import FAMILIES
 from .weights import WeightsFile, load_detector, read_weights
 
 TORCHVISION = "torchvision:"
@@ -104,7 +106,7 @@ def build_detector(
             torchvision.models (`fcos_mobilenet_v2_fpn`); one of torchvision's `_v2` and `_320` names;
             `own:{deformable_detr|dino}_{backbone}`; `hf:` and a family of transformers or a local folder with a checkpoint of one, see
             :func:`~ssod_fast.detectors.transformers.build.build_hf`; or `package.module:callable`, which is called with `num_classes` and
-            the options and returns a detector or a torchvision model.
+            the options and returns a detector, or a model of torchvision or transformers that has an adapter.
         num_classes: without background.
         weights: file with the weights of the whole detector.
         backbone_weights: file with the weights of the classification network.
@@ -149,9 +151,18 @@ def _call(name: str, num_classes: int, backbone_weights: str | Path | None, opti
         options = {**options, "backbone_weights": backbone_weights}
     _check_call(name, function, {"num_classes": num_classes, **options})
     built = function(num_classes=num_classes, **options)
-    detector: nn.Module = from_torchvision(built, num_classes) if isinstance(built, FCOS | RetinaNet | FasterRCNN) else built
+    detector = _adapted(built, num_classes)
     require(detector, for_method=f"training with {name!r}")
     return detector
+
+
+def _adapted(built: Any, num_classes: int) -> nn.Module:
+    """What a user's function has returned, with an adapter around plain models."""
+    if isinstance(built, FCOS | RetinaNet | FasterRCNN):
+        return from_torchvision(built, num_classes)
+    if type(built).__name__ in {family.model for family in FAMILIES.values()}:
+        return from_transformers(built, num_classes)
+    return cast(nn.Module, built)
 
 
 def _check_call(name: str, function: Any, options: dict[str, Any]) -> None:

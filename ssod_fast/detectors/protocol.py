@@ -147,7 +147,7 @@ def require(detector: nn.Module, *names: str, for_method: str) -> None:
         raise NotADetectorError(
             f"{for_method} needs a detector (an nn.Module with {', '.join(parts)}), got {type(detector).__name__}"
             + (f" without {', '.join(missing)}" if missing else "")
-            + "; wrap torchvision models with ssod_fast.detectors.from_torchvision"
+            + "; wrap models with ssod_fast.detectors.from_torchvision or from_transformers"
         )
     available = capabilities(detector)
     for name in names:

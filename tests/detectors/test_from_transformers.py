@@ -434,6 +434,17 @@ class TestBuilding:
         assert detector.model.config.dropout == 0.2
         assert detector.pixel_stats == PixelStats((1, 2, 3), (4, 5, 6))
 
+    def test_trained_detectors_go_back_to_transformers(self, tmp_path: Path) -> None:
+        detector = make("rt_detr", 5)
+        detector.model.save_pretrained(tmp_path)
+        model = type(detector.model).from_pretrained(tmp_path)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in detector.model.state_dict().items())
+
+    def test_function_of_a_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tiny_transformers.small", lambda num_classes: build("rt_detr"), raising=False)
+        detector: Any = build_detector("tiny_transformers:small", 4)
+        assert detector.num_classes == 4
+
     def test_weights_file_with_transformers_names(self, tmp_path: Path) -> None:
         from safetensors.torch import save_file
 

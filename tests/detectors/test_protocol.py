@@ -84,7 +84,7 @@ def test_require_names_what_to_write() -> None:
 
 
 def test_require_refuses_what_is_no_detector() -> None:
-    with pytest.raises(TypeError, match=r"MixPL needs a detector .* got Linear without losses, predict.*wrap torchvision models"):
+    with pytest.raises(TypeError, match=r"MixPL needs a detector .* got Linear without losses, predict.*wrap models with"):
         require(nn.Linear(2, 2), for_method="MixPL")
     detector = from_torchvision(build("fcos"))
     detector.forward = nn.Module.forward.__get__(detector)  # what a class without its own forward inherits
