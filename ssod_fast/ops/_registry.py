@@ -64,6 +64,19 @@ def _has_kernel(name: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key))
 
 
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A Triton launcher that is imported by its first call, because its module imports Triton.
+
+    Args:
+        module: of `ssod_fast.kernels`.
+        name: of the launcher in it.
+
+    Returns:
+        What :func:`register` takes as `triton`.
+    """
+    return lambda *args: getattr(importlib.import_module(f"ssod_fast.kernels.{module}"), name)(*args)
+
+
 def register(
     schema: str,
     *,
@@ -79,7 +92,7 @@ def register(
         schema: for example `"box_iou(Tensor boxes1, Tensor boxes2) -> Tensor"`; the name may carry an overload (`box_iou.out`).
         reference: plain PyTorch, registered as CompositeExplicitAutograd: right on any device.
         fake: shapes and dtypes only, for torch.compile; None for an out= overload, which returns its argument.
-        triton: launcher for CUDA tensors, used only where no CUDA kernel is loaded. It must import Triton lazily.
+        triton: :func:`launcher` for CUDA tensors, used only where no CUDA kernel is loaded.
         composed: the reference does nothing but call other ops, so that on a GPU it is as fast as their kernels.
         tags: dispatcher tags.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._image_rows import brief
-from ._registry import register
+from ._registry import launcher, register
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -195,15 +194,11 @@ def _fake(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor | None, 
     return labels.new_empty(batch, min(options[-1], n)), labels.new_empty(batch)
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.batched_nms").batched_nms(*args)
-
-
 register(
     "batched_nms(Tensor boxes, Tensor scores, Tensor labels, Tensor? counts, float iou_threshold, float score_threshold, SymInt max_keep) "
     "-> (Tensor index, Tensor count)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("batched_nms", "batched_nms"),
 )
 _op = torch.ops.ssod_fast.batched_nms.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _boxes
-from ._registry import register
+from ._registry import launcher, register
 
 MIN_SIZE = 1e-6  # px: sides below it are raised to it by the encoder, so that its result is finite
 STD = (0.1, 0.1, 0.2, 0.2)
@@ -174,36 +173,31 @@ def _fake_backward(grad: Tensor, proposals: Tensor, others: Tensor, *rest: Any) 
     return proposals.new_empty(proposals.shape if need1 else (0,)), proposals.new_empty(proposals.shape if need2 else (0,))
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """The launcher of that name, whose module is imported by its first call."""
-    return lambda *args: getattr(importlib.import_module("ssod_fast.kernels.box_deltas"), name)(*args)
-
-
 _STD = "float sx, float sy, float sw, float sh"
 _NEEDS = "bool need1, bool need2"
 register(
     f"encode_boxes(Tensor proposals, Tensor targets, {_STD}) -> Tensor",
     reference=_reference_encode,
     fake=_fake,
-    triton=_triton("encode_boxes"),
+    triton=launcher("box_deltas", "encode_boxes"),
 )
 register(
     f"encode_boxes_backward(Tensor grad, Tensor proposals, Tensor targets, {_STD}, {_NEEDS}) -> (Tensor, Tensor)",
     reference=_reference_encode_backward,
     fake=_fake_backward,
-    triton=_triton("encode_boxes_backward"),
+    triton=launcher("box_deltas", "encode_boxes_backward"),
 )
 register(
     f"decode_boxes(Tensor proposals, Tensor deltas, {_STD}, float clamp) -> Tensor",
     reference=_reference_decode,
     fake=_fake,
-    triton=_triton("decode_boxes"),
+    triton=launcher("box_deltas", "decode_boxes"),
 )
 register(
     f"decode_boxes_backward(Tensor grad, Tensor proposals, Tensor deltas, {_STD}, float clamp, {_NEEDS}) -> (Tensor, Tensor)",
     reference=_reference_decode_backward,
     fake=_fake_backward,
-    triton=_triton("decode_boxes_backward"),
+    triton=launcher("box_deltas", "decode_boxes_backward"),
 )
 _encode: Callable[..., Tensor] = torch.ops.ssod_fast.encode_boxes.default
 _encode_backward = torch.ops.ssod_fast.encode_boxes_backward.default

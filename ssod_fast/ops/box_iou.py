@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
-from ._registry import register
+from ._registry import launcher, register
 
 Mode = Literal["iou", "iof", "giou", "diou", "ciou"]
 Format = Literal["xyxy", "xywh", "cxcywh"]
@@ -249,40 +248,32 @@ def _fake_ragged(boxes1: Tensor, offsets1: Tensor, boxes2: Tensor, offsets2: Ten
     return boxes1.new_empty((boxes1.shape[0], max_boxes2), dtype=rest[-1])
 
 
-def _triton(launcher: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        kernels = importlib.import_module("ssod_fast.kernels.box_iou")
-        return getattr(kernels, launcher)(*args)
-
-    return launch
-
-
 _RULE = "int mode, int fmt, int eps_mode, float eps"
 register(
     f"box_iou(Tensor boxes1, Tensor boxes2, {_RULE}, bool nan_zero, ScalarType dtype) -> Tensor",
     reference=_reference,
     fake=_fake,
-    triton=_triton("box_iou"),
+    triton=launcher("box_iou", "box_iou"),
 )
 register(
     # `overlap` is the mode: torch's functionalisation of mutating ops has an argument of that name itself.
     f"box_iou.out(Tensor boxes1, Tensor boxes2, {_RULE.replace('mode', 'overlap', 1)}, bool nan_zero, Tensor(a!) out) -> ()",
     reference=_reference_out,
     fake=_fake_out,
-    triton=_triton("box_iou_out"),
+    triton=launcher("box_iou", "box_iou_out"),
 )
 register(
     f"box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, {_RULE}, bool nan_zero, bool need1, bool need2) -> (Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    triton=_triton("box_iou_backward"),
+    triton=launcher("box_iou", "box_iou_backward"),
 )
 register(
     "ragged_box_iou(Tensor boxes1, Tensor offsets1, Tensor boxes2, Tensor offsets2, SymInt max_boxes2, float pad_value, "
     f"{_RULE}, bool nan_zero, ScalarType dtype) -> Tensor",
     reference=_reference_ragged,
     fake=_fake_ragged,
-    triton=_triton("ragged_box_iou"),
+    triton=launcher("box_iou", "ragged_box_iou"),
 )
 _forward: Callable[..., Tensor] = torch.ops.ssod_fast.box_iou.default
 _out = torch.ops.ssod_fast.box_iou.out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, Literal, overload
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
-from ._registry import register
+from ._registry import launcher, register
 from .box_iou import EpsMode, Format, Mode
 
 
@@ -125,15 +124,11 @@ def _fake(boxes: Tensor, others: Tensor, offsets1: Tensor | None, offsets2: Tens
     return boxes.new_empty(shape, dtype=torch.bool), boxes.new_empty(shape if rest[-1] else (0,))
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.box_iou_below").box_iou_below(*args)
-
-
 register(
     "box_iou_below(Tensor boxes, Tensor others, Tensor? offsets1, Tensor? offsets2, float threshold, int mode, int fmt, int eps_mode, "
     "float eps, bool return_max) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("box_iou_below", "box_iou_below"),
 )
 _op = torch.ops.ssod_fast.box_iou_below.default

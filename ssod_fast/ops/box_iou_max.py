@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, Literal, NamedTuple, overload
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
-from ._registry import register
+from ._registry import launcher, register
 from .box_iou import EpsMode, Format, Mode
 
 
@@ -148,15 +147,11 @@ def _fake(boxes1: Tensor, boxes2: Tensor, offsets1: Tensor | None, offsets2: Ten
     )
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.box_iou_max").box_iou_max(*args)
-
-
 register(
     "box_iou_max(Tensor boxes1, Tensor boxes2, Tensor? offsets1, Tensor? offsets2, int mode, int fmt, int eps_mode, float eps, "
     "bool rows, bool cols) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("box_iou_max", "box_iou_max"),
 )
 _op = torch.ops.ssod_fast.box_iou_max.default

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ssod_fast.structures import PaddedTargets, upload
 
-from ._registry import register
+from ._registry import launcher, register
 from ._sampling import axis_weights
 from .compose_boxes import compose_boxes
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables, host_plan
@@ -459,25 +458,17 @@ def _cache_write_fake(ring: Tensor, images: list[Tensor], slots: list[int]) -> N
     return None
 
 
-def _triton(launcher: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        kernels = importlib.import_module("ssod_fast.kernels.compose")
-        return getattr(kernels, launcher)(*args)
-
-    return launch
-
-
 register(
     "compose_images(Tensor[] sources, Tensor? sizes, Tensor canvas, Tensor place_i, Tensor place_f, Tensor erase, Tensor erase_canvas, "
     "SymInt out_h, SymInt out_w, float[] mean, float[] std, float[] fill, int interp, bool over, ScalarType out_dtype, float pad_value, "
     "bool channels_last, bool swap_rb) -> Tensor",
     reference=_images_reference,
     fake=_images_fake,
-    triton=_triton("compose_images"),
+    triton=launcher("compose", "compose_images"),
 )
 register(
     "cache_write(Tensor(a!) ring, Tensor[] images, SymInt[] slots) -> ()",
     reference=_cache_write_reference,
     fake=_cache_write_fake,
-    triton=_triton("cache_write"),
+    triton=launcher("compose", "cache_write"),
 )

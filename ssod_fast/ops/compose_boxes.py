@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ssod_fast.structures import PAD_LABEL, PaddedTargets
 
-from ._registry import register
+from ._registry import launcher, register
 from .compose_plan import FLIP_X, FLIP_Y, BoxRule, ComposePlan, PlaceF, PlaceI, PlanTables, host_plan
 
 AREA_EPS = 1e-7  # added to areas that divide, as in MixPL's erase filter
@@ -236,15 +235,11 @@ def _fake(boxes: Tensor, labels: Tensor, scores: Tensor, weights: Tensor, count:
     return _empty(boxes, labels, place_i.shape[0], rest[2])
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.compose_boxes").compose_boxes(*args)
-
-
 register(
     "compose_boxes(Tensor boxes, Tensor labels, Tensor scores, Tensor weights, Tensor count, Tensor place_i, Tensor place_f, Tensor erase, "
     "SymInt nmax, float erase_thr, bool union, float min_visibility, float? min_wh, bool propagate_weight, bool over) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("compose_boxes", "compose_boxes"),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._image_rows import brief
-from ._registry import register
+from ._registry import launcher, register
 
 EMPTY, SINGLE, CONSTANT, NOT_CONVERGED = 1, 2, 4, 8  # bits of GMMThreshold.flag
 _RULES = {"density": 0, "posterior": 1}
@@ -343,16 +342,12 @@ def _fake(values: Tensor, offsets: Tensor | None, counts: Tensor | None, batch: 
     )
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.gmm_threshold").gmm_threshold(*args)
-
-
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in GMMThreshold._fields)
 register(
     "gmm_threshold(Tensor values, Tensor? offsets, Tensor? counts, int batch, float reg_covar, float tol, int max_iter, bool reverse, "
     f"int rule) -> ({_OUTPUTS})",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("gmm_threshold", "gmm_threshold"),
 )
 _op = torch.ops.ssod_fast.gmm_threshold.default

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ._image_rows import brief, check_integers, check_offsets, readable
 from ._matches import INVALID_ENTRIES, INVALID_PAIR, UNMATCHED_TARGET, Matches
-from ._registry import register
+from ._registry import launcher, register
 from ._shortest_paths import Indices, Reals, shortest_path_assignment
 
 _WIDE = frozenset((torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
@@ -355,16 +354,12 @@ def _fake_transpose(costs: Tensor) -> Tensor:
     return costs.new_empty((*costs.shape[:-2], costs.shape[-1], costs.shape[-2]))
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.linear_assignment").linear_assignment(*args)
-
-
 register(
     "linear_assignment(Tensor cost, Tensor? offsets, Tensor? counts, Tensor? keys, int batch, int groups, int repeats, bool interleave, "
     "bool drop_invalid, bool any_ties) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("linear_assignment", "linear_assignment"),
 )
 register(  # torch copies such views on a CPU several times slower, on a GPU as fast as memory allows
     "transpose_costs(Tensor costs) -> Tensor", reference=_reference_transpose, fake=_fake_transpose, composed=True

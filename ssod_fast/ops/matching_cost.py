@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from typing import Any, Literal, NamedTuple, get_args, overload
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import _boxes, _overlaps
 from ._boxes import Rule
 from ._image_rows import readable
-from ._registry import register
+from ._registry import launcher, register
 from .box_iou import EpsMode, Format
 from .packed_targets import AnyTargets, PackedTargets, host_label_range, pack_targets
 
@@ -482,16 +481,12 @@ def _fake(logits: Tensor, boxes: Tensor, labels: Tensor, *rest: Any) -> tuple[Te
     return boxes.new_empty((layers, rows, queries), dtype=dtype), keys
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.matching_cost").matching_cost(*args)
-
-
 register(
     "matching_cost(Tensor logits, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor? offsets, Tensor? counts, Tensor? image_hw, "
     "Tensor? extra_cost, int batch, int class_mode, float alpha, float gamma, float eps, float w_class, float w_box, float w_giou, "
     "int fmt, int eps_mode, float giou_eps, bool row_min) -> (Tensor cost, Tensor keys)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("matching_cost", "matching_cost"),
 )
 _op = torch.ops.ssod_fast.matching_cost.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _boxes, _ms_deform_checks
 from . import _ms_deform_attn as sampling
 from ._ms_deform_checks import Shapes
-from ._registry import register
+from ._registry import launcher, register
 
 Method = Literal["bilinear", "discrete"]
 _METHODS = {"bilinear": sampling.BILINEAR, "discrete": sampling.DISCRETE}
@@ -192,11 +191,6 @@ def _fake_backward(
     return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """The launcher of that name, whose module is imported by its first call."""
-    return lambda *args: getattr(importlib.import_module("ssod_fast.kernels.ms_deform_attn"), name)(*args)
-
-
 _INPUT = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, Tensor attention_weights, "
     "SymInt[]? shapes_hw, int[]? num_points, int method"
@@ -205,14 +199,14 @@ register(
     f"ms_deform_attn({_INPUT}) -> Tensor",
     reference=_reference,
     fake=_fake,
-    triton=_triton("ms_deform_attn"),
+    triton=launcher("ms_deform_attn", "ms_deform_attn"),
 )
 register(
     f"ms_deform_attn_backward(Tensor grad_output, {_INPUT}, bool deterministic) "
     "-> (Tensor grad_value, Tensor grad_locations, Tensor grad_weights)",
     reference=_reference_backward,
     fake=_fake_backward,
-    triton=_triton("ms_deform_attn_backward"),
+    triton=launcher("ms_deform_attn", "ms_deform_attn_backward"),
 )
 _forward: Callable[..., Tensor] = torch.ops.ssod_fast.ms_deform_attn.default
 _backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.ssod_fast.ms_deform_attn_backward.default

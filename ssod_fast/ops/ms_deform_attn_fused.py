@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _boxes, _ms_deform_checks
 from . import _ms_deform_attn as sampling
 from ._ms_deform_checks import Shapes
-from ._registry import register
+from ._registry import launcher, register
 
 _NAMES = ("sampling_offsets", "attention_logits")
 
@@ -194,11 +193,6 @@ def _fake_backward(
     )
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """The launcher of that name, whose module is imported by its first call."""
-    return lambda *args: getattr(importlib.import_module("ssod_fast.kernels.ms_deform_attn"), name)(*args)
-
-
 _INPUT = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, "
     "Tensor attention_logits, SymInt[]? shapes_hw, int[]? num_points, float offset_scale"
@@ -207,14 +201,14 @@ register(
     f"ms_deform_attn_fused({_INPUT}) -> (Tensor out, Tensor lse)",
     reference=_reference,
     fake=_fake,
-    triton=_triton("ms_deform_attn_fused"),
+    triton=launcher("ms_deform_attn", "ms_deform_attn_fused"),
 )
 register(
     f"ms_deform_attn_fused_backward(Tensor grad_output, {_INPUT}, Tensor lse, bool need_reference_grad, bool deterministic) "
     "-> (Tensor grad_value, Tensor grad_reference, Tensor grad_offsets, Tensor grad_logits)",
     reference=_reference_backward,
     fake=_fake_backward,
-    triton=_triton("ms_deform_attn_fused_backward"),
+    triton=launcher("ms_deform_attn", "ms_deform_attn_fused_backward"),
 )
 _forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.ssod_fast.ms_deform_attn_fused.default
 _backward: Callable[..., tuple[Tensor, ...]] = torch.ops.ssod_fast.ms_deform_attn_fused_backward.default

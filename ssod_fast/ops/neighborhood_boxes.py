@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _boxes, _overlaps
 from ._boxes import Rule
 from ._image_rows import as_rows, check_factors, check_image_rows, check_threshold, images_of_rows
-from ._registry import register
+from ._registry import launcher, register
 from .box_deltas import MIN_SIZE, check_std
 
 MIN_AREA = 1e-6  # px^2: the floor of areas that divide
@@ -217,16 +216,12 @@ def _fake(
     )
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.neighborhood_boxes").neighborhood_boxes(*args)
-
-
 register(
     "neighborhood_boxes(Tensor boxes, Tensor? image_index, Tensor? offsets, Tensor image_hw, float[] ratios, float[] shakes, "
     "float iof_threshold, bool want_rois, bool want_iof, bool want_iou, float[] targets_std, bool want_clipped) "
     "-> (Tensor boxes, Tensor valid, Tensor rois, Tensor iof, Tensor iou, Tensor targets, Tensor clipped)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("neighborhood_boxes", "neighborhood_boxes"),
 )
 _op: Callable[..., Outputs] = torch.ops.ssod_fast.neighborhood_boxes.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from ._one_to_many import (
     pair_values,
     query_centers,
 )
-from ._registry import register
+from ._registry import launcher, register
 from .box_iou import Format
 from .matching_cost import FOCAL, NO_CLASS, _check_targets
 from .packed_targets import AnyTargets, PackedTargets, pack_targets
@@ -379,16 +378,12 @@ def _fake(scores: Tensor | None, boxes: Tensor, labels: Tensor, *rest: Any) -> t
     return target, metric, iou, weight, labels.new_empty((shape[0], labels.shape[0]), dtype=torch.int32)
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.one_to_many_assign").one_to_many_assign(*args)
-
-
 register(
     "one_to_many_assign(Tensor? scores, Tensor boxes, Tensor labels, Tensor target_boxes, Tensor? offsets, Tensor? counts, Tensor? priors, "
     "Tensor? image_hw, int[] levels, SymInt batch, int rule, bool from_logits, int fmt, int topk, int final_topk, float alpha, float beta, "
     "float eps, float min_side, bool dynamic_k, int conflict, bool keep_one) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("one_to_many_assign", "one_to_many_assign"),
 )
 _op = torch.ops.ssod_fast.one_to_many_assign.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import _boxes, _overlaps
 from ._boxes import Rule
-from ._registry import register
+from ._registry import launcher, register
 from .box_iou import EpsMode, Format, Mode, NanMode
 
 
@@ -149,26 +148,18 @@ def _fake_backward(grad: Tensor, boxes1: Tensor, boxes2: Tensor, *rest: Any) -> 
     return boxes1.new_empty(boxes1.shape if need1 else (0,)), boxes2.new_empty(boxes2.shape if need2 else (0,))
 
 
-def _triton_forward(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.paired_box_iou").paired_box_iou(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.paired_box_iou").paired_box_iou_backward(*args)
-
-
 _RULE = "int mode, int fmt, int eps_mode, float eps, bool nan_zero"
 register(
     f"paired_box_iou(Tensor boxes1, Tensor boxes2, {_RULE}) -> Tensor",
     reference=_reference,
     fake=_fake,
-    triton=_triton_forward,
+    triton=launcher("paired_box_iou", "paired_box_iou"),
 )
 register(
     f"paired_box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, {_RULE}, bool need1, bool need2) -> (Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
-    triton=_triton_backward,
+    triton=launcher("paired_box_iou", "paired_box_iou_backward"),
 )
 _forward: Callable[..., Tensor] = torch.ops.ssod_fast.paired_box_iou.default
 _backward = torch.ops.ssod_fast.paired_box_iou_backward.default

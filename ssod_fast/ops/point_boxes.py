@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _boxes
 from ._image_rows import as_rows, check_factors, check_image_rows, check_threshold, images_of_rows
-from ._registry import register
+from ._registry import launcher, register
 
 CUTS = {"symmetry": 0, "clamp": 1, "ignore": 2}
 SYMMETRY, CLAMP, IGNORE = range(3)
@@ -122,15 +121,11 @@ def _fake(
     return points.new_empty((*shape, 4)), points.new_empty(shape, dtype=torch.bool)
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.point_boxes").point_boxes(*args)
-
-
 register(
     "point_boxes(Tensor points, Tensor? image_index, Tensor? offsets, Tensor image_hw, float[] scales, float[] ratios, int cut, "
     "float iof_threshold) -> (Tensor boxes, Tensor valid)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("point_boxes", "point_boxes"),
 )
 _op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.ssod_fast.point_boxes.default

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from . import _boxes, _overlaps
 from ._boxes import Rule
 from ._image_rows import as_rows, as_sizes, check_offsets, check_threshold
-from ._registry import register
+from ._registry import launcher, register
 
 MARGIN = 0.2  # boxes may start this share of the image before its edge, and end as far behind it
 _IOU = Rule(_boxes.IOU, _boxes.XYXY, _boxes.MAX, 1e-6)
@@ -112,15 +111,11 @@ def _fake(
     return boxes, boxes.new_empty(shape, dtype=torch.bool), boxes.new_empty(shape if return_max else (0,))
 
 
-def _triton(*args: Any) -> Any:
-    return importlib.import_module("ssod_fast.kernels.random_negative_boxes").random_negative_boxes(*args)
-
-
 register(
     "random_negative_boxes(Tensor uniforms, Tensor image_hw, Tensor positives, Tensor offsets, float threshold, bool return_max) "
     "-> (Tensor boxes, Tensor keep, Tensor max_iou)",
     reference=_reference,
     fake=_fake,
-    triton=_triton,
+    triton=launcher("random_negative_boxes", "random_negative_boxes"),
 )
 _op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.ssod_fast.random_negative_boxes.default
