@@ -234,10 +234,14 @@ def _nothing(detector: nn.Module, images: ImageBatch) -> dict[str, Tensor]:
 
 def _check_labels(targets: Sequence[Target], num_classes: int) -> None:
     for i, target in enumerate(targets):
-        labels = target["labels"].cpu().numpy()  # NumPy, so that nobody takes a question about host data for a wait for the device
+        found = target["labels"]
+        # NumPy, so that nobody takes a question about host data for a wait for the device.
+        labels = (found if found.device.type == "cpu" else found.cpu()).numpy()
         if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-            found = f"{labels.min()}..{labels.max()}"
-            raise ValueError(f"targets[{i}]['labels'] must lie in 0..{num_classes - 1} (0-based, background has no label), got {found}")
+            raise ValueError(
+                f"targets[{i}]['labels'] must lie in 0..{num_classes - 1} (0-based, background has no label), "
+                f"got {labels.min()}..{labels.max()}"
+            )
 
 
 def _distributed() -> bool:
