@@ -12,7 +12,7 @@ PIP    := .venv/bin/python -m pip --disable-pip-version-check install --quiet
 BUILD  := .venv/bin/python setup.py --quiet build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
 CSRC   := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-# The oldest transformers that the drop-ins and the adapters know, in a folder of its own: it wants an older hub client than the newest one does.
+# The oldest transformers that drop-ins and adapters know, in a folder of its own: it wants an older hub client than the newest one does.
 OLD_HF := .venv/transformers-5.17
 
 .PHONY: demo test test-old-transformers lint format bench gpu clean
@@ -26,7 +26,7 @@ test: .venv/.built .venv/.dev
 
 test-old-transformers: .venv/.built $(OLD_HF)/.done
 	PYTHONPATH=$(OLD_HF) .venv/bin/pytest tests/dropin/test_transformers_models.py tests/dropin/test_transformers_losses.py \
-	  tests/detectors/test_from_transformers.py
+	  tests/detectors/test_from_transformers.py tests/detectors/test_build_transformers.py
 
 $(OLD_HF)/.done: .venv/.dev
 	$(PIP) --target $(OLD_HF) --no-deps transformers==5.17.0
