@@ -16,6 +16,8 @@ from ssod_fast.detectors.transformers.families import FAMILIES, UNIT
 from ssod_fast.dropin import transformers as dropin
 from ssod_fast.training.checkpoint import DetectorInfo, load_detector, save_detector
 
+pytest.importorskip("transformers")
+
 
 def saved(path: Path, detector: Any, name: str) -> Path:
     info = DetectorInfo(name, detector.build_options, ["a"] * detector.num_classes, [], {}, "student", "mixpl", 1, {})

@@ -20,6 +20,8 @@ from ssod_fast.dropin import transformers as dropin
 from ssod_fast.methods import MixPL, MixPLConfig, SemiSupervisedDetector, SupervisedMethod
 from ssod_fast.structures import PaddedTargets, Target
 
+pytest.importorskip("transformers")
+
 
 @pytest.mark.parametrize("name", NAMES)
 class TestLosses:
