@@ -67,7 +67,7 @@ def make_model(family: str = "dino", *, dtype: torch.dtype = torch.float64, swit
     """A student, a teacher that is not quite like it, and the method with `options`; options of the detector with a leading `net_`."""
     of_network = {name[4:]: options.pop(name) for name in list(options) if name.startswith("net_")}
     student = make_detector(family, **of_network)
-    config = SemiDETRConfig(**{"switch_at": switch_at, "denoising": 6, "cls_pseudo_thr": 0.6, **options})
+    config = SemiDETRConfig(**{"switch_at": switch_at, "denoising": 6, "cls_pseudo_thr": 0.95, **options})
     model = SemiSupervisedDetector(student, SemiDETR(config)).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -115,7 +115,7 @@ class LiteralStep:
             mined = self._mine(self._mining_pass(strong, memory), boxes, strong.sizes)
             pairs = [keep | (p.scores >= config.cls_pseudo_thr) for p, keep in zip(boxes, mined, strict=True)]
             again = self.teacher.network.extract(weak) if slow.backbone else pyramid
-            content = self._content(again.maps, [_or_dummy(p.weak[k], hw) for p, k, hw in zip(boxes, pairs, weak.sizes, strict=True)])
+            content = self._content(again.maps, [or_dummy(p.weak[k], hw) for p, k, hw in zip(boxes, pairs, weak.sizes, strict=True)])
             parts.append(self._box_queries(self.student, content, [p.strong[k] for p, k in zip(boxes, pairs, strict=True)], strong.sizes))
         if denoises and denoising is not None:
             parts.append(denoising_queries(self.student, denoising))
@@ -128,7 +128,7 @@ class LiteralStep:
         if pairing:
             if config.content == "cross":
                 with torch.no_grad():
-                    own = [_or_dummy(p.strong[k], hw) for p, k, hw in zip(boxes, pairs, strong.sizes, strict=True)]
+                    own = [or_dummy(p.strong[k], hw) for p, k, hw in zip(boxes, pairs, strong.sizes, strict=True)]
                     content = self._content(maps.maps, own)
             own = [p.weak[keep] for p, keep in zip(boxes, pairs, strict=True)]
             heard = self._teacher_pass(weak, pyramid, teacher_memory, content.detach(), own, denoising)
@@ -231,7 +231,7 @@ class LiteralStep:
         groups, longest = self.slow.groups, content.shape[1] // self.slow.groups
         places, hidden = [], []
         for own, hw in zip(boxes, sizes, strict=True):
-            where = literal.shares(_or_dummy(own, hw).to(content.dtype), hw).clamp(0, 1)
+            where = literal.shares(or_dummy(own, hw).to(content.dtype), hw).clamp(0, 1)
             places.append(F.pad(where, (0, 0, 0, longest - len(where)), value=0.5).repeat(groups, 1))
             hidden.append((torch.arange(longest) >= len(where)).repeat(groups))
         queries = detector.network.box_queries(content, torch.stack(places))
@@ -279,7 +279,8 @@ def _usable(boxes: Tensor, drop_degenerate: bool) -> Tensor:
     return area if drop_degenerate else torch.ones_like(area)
 
 
-def _or_dummy(boxes: Tensor, hw: tuple[int, int]) -> Tensor:
+def or_dummy(boxes: Tensor, hw: tuple[int, int]) -> Tensor:
+    """The boxes of an image of the given size, or its middle where there are none."""
     h, w = hw
     return boxes if len(boxes) else boxes.new_tensor([[w / 4, h / 4, 3 * w / 4, 3 * h / 4]])
 

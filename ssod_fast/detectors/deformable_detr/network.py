@@ -93,6 +93,8 @@ class DeformableDETR(nn.Module):
         if content.shape != (*boxes.shape[:2], self.config.width) or boxes.shape[-1] != 4:
             expected = f"[B, N, {self.config.width}] and [B, N, 4]"
             raise ValueError(f"content and boxes must be {expected}, got {list(content.shape)} and {list(boxes.shape)}")
+        # As wide as the content at least, so that a network in double precision starts from what it would compute with others beside it.
+        boxes = boxes.to(torch.promote_types(boxes.dtype, content.dtype))
         return Queries(content, inverse_sigmoid(boxes), self.queries.position(boxes, content.dtype))
 
     def label_queries(self, labels: Tensor, boxes: Tensor) -> Queries:

@@ -83,6 +83,9 @@ class SemiDETRConfig:
     # Overlap of the suppression with which models of stage 1 are evaluated: one-to-many matching leaves duplicates.
     eval_nms_thr: float = 0.6
 
+    # Iterations on labelled images alone, at whose end the teacher becomes the student. Officially none; it helps short runs, in which
+    # unlabelled images without pseudo boxes would for long teach nothing but background, at unsup_weight times the labelled loss.
+    burn_in: int = 0
     # Unlabelled images per step and process.
     unlabeled_batch: int = 4
     ema: EMAConfig = field(default_factory=_official_ema)
@@ -128,7 +131,7 @@ _NUMBERS = (
     "box_noise",
     "consistency_weight",
 )
-_INTEGERS = {"teacher_topk": 1, "o2m_topk": 1, "unlabeled_batch": 1, "denoising": 0, "seed": 0}
+_INTEGERS = {"teacher_topk": 1, "o2m_topk": 1, "unlabeled_batch": 1, "denoising": 0, "burn_in": 0, "seed": 0}
 
 
 def _check_ranges(config: SemiDETRConfig) -> None:

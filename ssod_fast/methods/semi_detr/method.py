@@ -52,13 +52,12 @@ class SemiDETR:
         ValueError: nobody has said when stage 2 begins.
     """
 
-    burn_in = 0
-
     def __init__(self, config: SemiDETRConfig | None = None, *, rank: int = 0) -> None:
         self.config = config = SemiDETRConfig() if config is None else config
         if config.switch_at is None:
             raise ValueError("switch_at must be the first iteration of stage 2, officially half of the run, got None")
         self.ema = config.ema
+        self.burn_in = config.burn_in
         self.rank = rank
         self.trainable: CrossViewQueryConsistency | None = None
         self.matching = HybridMatching(
@@ -121,7 +120,7 @@ class SemiDETR:
         book = LossBook(driver)
         stats: PseudoLabelStats | None = None
         previews: tuple[Preview, ...] = ()
-        if unlabeled is not None and len(unlabeled):
+        if unlabeled is not None and len(unlabeled) and step >= self.burn_in:
             stats, previews = self.unsupervised(book, model, losses, unlabeled, len(labeled) + len(unlabeled), want_preview)
         self.supervised(book, model, losses, labeled, unlabeled)
         return book.output(stats, previews)
