@@ -111,6 +111,22 @@ def test_projector_is_trained_in_stage_1_alone(semi_run: MakeConfig) -> None:
     assert all(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
 
 
+def test_burn_in_is_supervised_and_ends_with_a_copy(semi_run: MakeConfig) -> None:
+    config = semi_run(dry_run=True, method=SemiDETRConfig(teacher_score_thr=0.001, burn_in=2, switch_at=3))
+    trainer = Trainer(config)
+    trainer._build(RunStart("new", None, []))
+    branches = []
+    for it in range(3):
+        output = trainer._iterate(want_preview=False)
+        branches.append({name.split("/")[0] for name in output.losses})
+        assert (output.stats is None) == (it < 2)
+        pairs = zip(trainer.model.teacher.parameters(), trainer.model.student.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == (it == 1)
+    assert branches == [{"sup"}, {"sup"}, {"sup", "unsup"}]
+    with pytest.raises(ValueError, match="burn_in must be finite and at least 0, got -1"):
+        SemiDETRConfig(burn_in=-1)
+
+
 def test_drawn_batches(semi_run: MakeConfig) -> None:
     config = semi_run(batch="1:3", batch_draw="bernoulli")
     trainer = Trainer(dataclasses.replace(config, dry_run=True))
