@@ -480,7 +480,7 @@ def test_attention_and_loss_are_independent() -> None:
 def test_models_without_a_known_loss_are_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be one of ForObjectDetection, Deformable.*, got Linear with loss type None"):
         dropin.set_loss(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="got Mask2FormerForUniversalSegmentation with loss type .*; losses of masks stay those of"):
+    with pytest.raises(TypeError, match=r"got Mask2FormerForUniversalSegmentation with loss type .*; losses of masks stay those of"):
         dropin.set_loss(build("mask2former"))
     with pytest.raises(TypeError, match="weights_key must be a string, got 3"):
         dropin.set_loss(build("rt_detr"), 3)  # type: ignore[arg-type]
