@@ -24,7 +24,7 @@ def names() -> dict[str, Any]:
     """The names left behind by the Python blocks, which are run one after the other."""
     parts, _ = README.read_text().split("## Drop-ins\n")  # which tests/dropin/test_readme_snippets.py runs
     blocks = re.findall(r"```python\n(.*?)```", parts, flags=re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 12
     found: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -75,6 +75,22 @@ def test_attention(names: dict[str, Any]) -> None:
     assert names["attended"].shape == names["sampled"].shape == (2, 300, 256)
     assert names["attended"].requires_grad
     assert 0.1 < names["sampled"].std() < 1
+
+
+def test_detection_transformers(names: dict[str, Any]) -> None:
+    assert torch.isfinite(names["dino_loss"])
+    assert names["later"].boxes.shape == (2, 2, 5, 4)
+
+
+def test_parts_of_semi_detr(names: dict[str, Any]) -> None:
+    assert not names["cheaply"].keep[~names["pseudo"].valid].any()
+    assert names["cheaply"].keep.any()
+    assert all(torch.isfinite(loss) for loss in names["one_to_many"].values())
+
+
+def test_detectors_of_transformers(names: dict[str, Any]) -> None:
+    assert all(torch.isfinite(loss) for loss in names["hf_losses"].values())
+    assert names["detections"][0]["boxes"].shape[1] == 4
 
 
 def test_images(names: dict[str, Any]) -> None:
