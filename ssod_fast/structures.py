@@ -22,6 +22,7 @@ class Target(TypedDict, total=False):
         labels: int64 [N], 0-based and contiguous.
         scores: float32 [N], confidence of a predicted box.
         weights: float32 [N], factor of the box in a loss.
+        clean_boxes: float32 [N, 4], the right boxes where `boxes` are known to be inaccurate; for diagnostics, never for a loss.
         image_id: identity of the image in its data set.
         orig_size: (height, width) of the image before any view was made of it.
     """
@@ -30,6 +31,7 @@ class Target(TypedDict, total=False):
     labels: Tensor
     scores: Tensor
     weights: Tensor
+    clean_boxes: Tensor
     image_id: int
     orig_size: tuple[int, int]
 

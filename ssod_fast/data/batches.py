@@ -103,7 +103,7 @@ def _upload_all(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def _map_target(target: Target, function: Callable[[Tensor], Tensor]) -> Target:
     moved = target.copy()
-    for key in ("boxes", "labels", "scores", "weights"):
+    for key in ("boxes", "labels", "scores", "weights", "clean_boxes"):
         if key in target:
             moved[key] = function(target[key])
     return moved

@@ -58,11 +58,12 @@ class BoxCollector:
     boxes: list[Box] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
+    clean_boxes: list[Box] | None = None  # right boxes of inaccurate ones, if the data set knows any
     crowd_boxes: list[Box] = field(default_factory=list)
     crowd_labels: list[int] = field(default_factory=list)
 
-    def add(self, corners: Box, label: int, crowd: bool = False, area: float | None = None) -> None:
-        """Cleans and keeps one xyxy box, or counts why not."""
+    def add(self, corners: Box, label: int, crowd: bool = False, area: float | None = None, right: Box | None = None) -> None:
+        """Cleans and keeps one xyxy box, or counts why not; `right` is the true box where `corners` are inaccurate."""
         box, reason = clean_box(corners, self.size)
         if box is None:
             self.report.drop(str(reason), self.where)
@@ -73,6 +74,8 @@ class BoxCollector:
             self.crowd_boxes.append(box)
             self.crowd_labels.append(label)
             return
+        if self.clean_boxes is not None:
+            self.clean_boxes.append(right or box)
         self.boxes.append(box)
         self.labels.append(label)
         full = (box[2] - box[0]) * (box[3] - box[1])
@@ -81,6 +84,8 @@ class BoxCollector:
     def results(self, image_id: int) -> tuple[Target, Target, Tensor]:
         """The image's target, its crowd regions, and the areas of the target's boxes."""
         target = make_target(self.boxes, self.labels, image_id, self.size)
+        if self.clean_boxes is not None:
+            target["clean_boxes"] = torch.tensor(self.clean_boxes, dtype=torch.float32).reshape(-1, 4)
         crowd = make_target(self.crowd_boxes, self.crowd_labels, image_id, self.size)
         return target, crowd, torch.tensor(self.areas, dtype=torch.float32)
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .clean import BoxCollector
+from .clean import Box, BoxCollector
 from .image_io import UnreadableImageError, image_size
 from .records import EXAMPLES, DataReport, DetectionData, ImageRecord
 
 KEYS = ("images", "annotations", "categories")
+TRUE_BOX = "true_bbox"  # of an annotation whose bbox is inaccurate: the right one, also xywh
 MISSING_FILE = "listed images whose file is missing"
 NO_SIZE = "listed images without a stated size whose file cannot be read"
 UNKNOWN_IMAGE = "annotations of images that are not listed"
@@ -53,6 +54,9 @@ def read_coco(
     report = DataReport()
     records = _records(raw, file, Path(images_dir) if images_dir is not None else None, report)
     collectors = {r.id: BoxCollector(r.size, r.path.name, report) for r in records if r.size is not None}
+    if any(annotation.get(TRUE_BOX) is not None for annotation in raw["annotations"]):
+        for collector in collectors.values():
+            collector.clean_boxes = []
     listed = {image["id"] for image in raw["images"]}
     label_of = {category_id: label for label, category_id in enumerate(category_ids)}
     for annotation in raw["annotations"]:
@@ -277,13 +281,21 @@ def _add_annotation(
     if label is None:
         report.drop(UNKNOWN_CATEGORY, name)
         return
-    try:
-        x, y, w, h = (float(v) for v in annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
+    corners = box_of(annotation)
+    if corners is None:
         report.drop(MALFORMED, name)
         return
     crowd = bool(annotation.get("iscrowd", 0))
     if crowd:
         report.note(CROWD, collector.where)
     area = annotation.get("area")
-    collector.add((x, y, x + w, y + h), label, crowd, float(area) if isinstance(area, (int, float)) else None)
+    collector.add(corners, label, crowd, float(area) if isinstance(area, (int, float)) else None, box_of(annotation, TRUE_BOX))
+
+
+def box_of(annotation: dict[str, Any], key: str = "bbox") -> Box | None:
+    """xyxy corners of an annotation's box, None where it is not four numbers."""
+    try:
+        x, y, w, h = (float(v) for v in annotation[key])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return x, y, x + w, y + h

@@ -173,6 +173,8 @@ def target_in_view(target: Target, view: View) -> Target:
         moved["weights"] = target["weights"][keep]
     if "scores" in target:
         moved["scores"] = target["scores"][keep]
+    if "clean_boxes" in target:
+        moved["clean_boxes"] = map_boxes(target["clean_boxes"], view.matrix, view.size)[0][keep]
     return moved
 
 

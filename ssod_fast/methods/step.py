@@ -91,12 +91,15 @@ class StepOutput:
         losses: detached weighted terms, keys such as "sup/loss_cls", "mixup/loss_cls", "mosaic/loss_cls".
         stats: of the pseudo labels; None where there were none (supervised, burn-in).
         previews: the student's mixed inputs, if they were asked for.
+        diagnostics: float32 scalars by name for the log, which no loss reads, such as the overlap of boxes with known right ones; NaN where
+            a batch had nothing to measure.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     stats: PseudoLabelStats | None = None
     previews: tuple[Preview, ...] = ()
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LossBook:
@@ -123,10 +126,15 @@ class LossBook:
             self._driver.backward(_total(terms))
         self._terms.update({name: term.detach() for name, term in terms.items()})
 
-    def output(self, stats: PseudoLabelStats | None = None, previews: tuple[Preview, ...] = ()) -> StepOutput:
+    def output(
+        self,
+        stats: PseudoLabelStats | None = None,
+        previews: tuple[Preview, ...] = (),
+        diagnostics: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:
         """The step's result."""
         joint = None if self._joint is None else self._joint.loss
-        return StepOutput(_total(self._terms) if joint is None else joint, self._terms, stats, previews)
+        return StepOutput(_total(self._terms) if joint is None else joint, self._terms, stats, previews, diagnostics or {})
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

@@ -100,7 +100,8 @@ def _train_columns(line: Line) -> Line:
         branch = name.partition("/")[0]
         sums[f"loss/{branch}"] = sums.get(f"loss/{branch}", 0.0) + (math.nan if value is None else value)
     pseudo = {f"pseudo/{name}": value for name, value in (line.get("pseudo") or {}).items()}
-    return {"time": line.get("time"), "lr": line.get("lr"), "loss": line.get("loss"), **sums, **pseudo}
+    watched = {f"diagnostics/{name}": value for name, value in (line.get("diagnostics") or {}).items()}
+    return {"time": line.get("time"), "lr": line.get("lr"), "loss": line.get("loss"), **sums, **pseudo, **watched}
 
 
 def _eval_columns(line: Line) -> Line:

@@ -134,7 +134,7 @@ class Trainer:
         """Everything that looks at training and does not take part in it."""
         config, data = self.config, self.data
         self.score_thr: float | None = getattr(config.method, "cls_pseudo_thr", None)
-        self.means = Means(self.device)
+        self.means, self.diagnostics = Means(self.device), Means(self.device)
         self.monitor = PseudoMonitor(self.classes, self.score_thr, data.hidden, self.device)
         self.referee = Referee(config, data, self.device, self.rank, self.processes)
         boxes = sum(len(t["labels"]) for t in data.labeled.targets) / len(data.labeled)
@@ -236,6 +236,8 @@ class Trainer:
                 want_preview=want_preview,
             )
         self.means.add({"loss": output.loss, **output.losses})
+        if output.diagnostics:
+            self.diagnostics.add(dict(output.diagnostics))
         self.monitor.add(output.stats)
         if want_preview and self.rank == 0 and not self.config.dry_run:
             self.referee.write_mixed(self.it + 1, output.previews, labeled, self.model.student.pixel_stats)
@@ -270,6 +272,7 @@ class Trainer:
         total = losses.pop("loss", float("nan"))
         broken.pop("loss", None)
         pseudo = self.monitor.read()
+        diagnostics, _ = self.diagnostics.read()
         iterations = self._window()
         split = {"data": self._data_seconds / iterations, "step": (self._seconds - self._data_seconds) / iterations}
         rate = iterations / self._seconds if self._seconds else 0.0
@@ -277,6 +280,7 @@ class Trainer:
         self._seconds = self._data_seconds = 0.0
         lr = self.optimizer.param_groups[-1]["lr"]
         line = {"losses": losses, "lr": lr, "pseudo": pseudo, "time_split": split, "it_per_s": rate}
+        line |= {"diagnostics": diagnostics} if diagnostics else {}
         self.log.write("train", it=self.it, time=round(self._elapsed, 3), loss=total, **line)
         self._check_steps(broken)
         for message in self.health.after_log(self.it, line):
@@ -334,6 +338,7 @@ class Trainer:
             "rng": rng_state(),
             "method": self.model.method.state_dict(),
             "means": self.means.state_dict(),
+            "diagnostics": self.diagnostics.state_dict(),
             "monitor": self.monitor.state_dict(),
         }
         ranks = gather_ranks(own)
@@ -390,6 +395,7 @@ class Trainer:
         state["model"]["_extra_state"]["method"] = own["method"]
         self.model.load_state_dict(state["model"])
         self.means.load_state_dict(own["means"])
+        self.diagnostics.load_state_dict(own.get("diagnostics", {"sums": []}))
         self.monitor.load_state_dict(own["monitor"])
         set_rng_state(own["rng"])
 
