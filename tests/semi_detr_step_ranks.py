@@ -33,7 +33,7 @@ class Driver:
 
 def make_rank_model(rank: int) -> Any:
     """The same networks on all ranks."""
-    model = make_model(switch_at=2)
+    model = make_model(switch_at=2, cls_pseudo_thr=0.6)
     model.method.rank = rank  # type: ignore[attr-defined]
     return model
 
@@ -46,7 +46,7 @@ def work(rank: int, folder: str) -> None:
     wrapped = torch.nn.parallel.DistributedDataParallel(model.student)
     model.run_student = wrapped
     parameters = [p for part in model.trained for p in part.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     seen = []
     for step in STEPS:
         if step and rank:

@@ -27,7 +27,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks_agree(ranks: list[dict[str, Any]]) -> None:
     first, second = ranks
     for step, (a, b) in enumerate(zip(first["seen"], second["seen"], strict=True)):
-        assert a["kept"].sum() > 0
+        assert a["kept"].sum() > 0 or step > 1
         assert (b["kept"].sum() > 0) == (step == 0)
         for name in ("student", "projector"):
             assert len(a[name]) == len(b[name])
