@@ -42,13 +42,7 @@ SSOD_HD OwnSample<typename Traits::T> ordered_sample(const OrderedInput<Traits>&
   const int64_t query = i / run.points;
   const auto k = static_cast<int32_t>(run.first + i - query * run.points);
   const SampleRow place{image * in.queries + query, image, head, true};
-  const RowOf<Traits> row = row_input(in.samples, place);
-  auto own = locate_sample<fused>(in.samples, row, levels, in.tokens, k);
-  own.weight = row.weights.template load<typename Traits::T>(k);
-  if constexpr (fused) {
-    own.weight = std::exp(own.weight - in.lse[place.row * in.samples.heads + head]);
-  }
-  return own;
+  return weighted_sample<fused>(in.samples, in.lse, levels, in.tokens, place, k);
 }
 
 // Whether a corner that counts is one of the tokens.

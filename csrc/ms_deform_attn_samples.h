@@ -127,6 +127,19 @@ SSOD_HD OwnSample<T> locate_sample(const SampleInput<T, Floats>& in, const RowIn
   return own;
 }
 
+// Sample k of a row with its weight, that of the fused op from the log-sum-exps lse [rows, M].
+template <bool fused, typename T, typename Floats>
+SSOD_HD OwnSample<T> weighted_sample(const SampleInput<T, Floats>& in, const T* lse, const SampledLevel<T>* levels,
+                                     int32_t tokens, const SampleRow& place, int32_t k) {
+  const RowInput<T, Floats> row = row_input(in, place);
+  auto own = locate_sample<fused>(in, row, levels, tokens, k);
+  own.weight = row.weights.template load<T>(k);
+  if constexpr (fused) {
+    own.weight = std::exp(own.weight - lse[place.row * in.heads + place.head]);
+  }
+  return own;
+}
+
 // Tokens of the four corners of a sample, -1 for one that does not count, and their shares, 0 for such a one.
 template <typename T>
 struct alignas(16) CornerRows {

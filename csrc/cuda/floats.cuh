@@ -159,6 +159,18 @@ struct VectorMemory {
     widen_all<V>(raw, to);
   }
 
+  // The same from shared memory.
+  template <int kVector, typename V, typename T>
+  __device__ __forceinline__ static void widen(const V* from, T* to) {
+    widen_all<V>(*reinterpret_cast<const vectors::Raw<kVector * sizeof(V)>*>(from), to);
+  }
+
+  template <int kVector, typename V>
+  __device__ __forceinline__ static void copy(V* to, const V* from) {
+    using Raw = vectors::Raw<kVector * sizeof(V)>;
+    *reinterpret_cast<Raw*>(to) = __ldg(reinterpret_cast<const Raw*>(from));
+  }
+
   template <int kVector, typename V, typename T>
   __device__ __forceinline__ static void store(V* to, const T* from) {
     using Raw = vectors::Raw<kVector * sizeof(V)>;

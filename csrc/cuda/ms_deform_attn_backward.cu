@@ -1,11 +1,12 @@
 // Gradients of multi-scale deformable attention: the blocks of the forward, which sample again. Gradients of samples
-// have one owner each and are always the same bits; that of value is summed by atomics, or in order where the caller
-// asks for deterministic results.
+// have one owner each and are always the same bits; that of value is summed by atomics, by a kernel of its own with far
+// fewer of them where queries are tokens, or in order where the caller asks for deterministic results.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "cuda/ms_deform_attn_ordered.cuh"
+#include "cuda/ms_deform_attn_tiles.cuh"
 #include "ms_deform_attn_rows_backward.h"
 
 namespace ssod {
@@ -82,11 +83,16 @@ __global__ void narrow_kernel(const float* __restrict__ from, V* __restrict__ to
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, 256)); }
 
+// How the gradient of value is summed; `best` of atomics and tiles.
+enum class Summation : int64_t { best, atomics, tiles, ordered };
+
+Summation summation_of(bool deterministic) { return deterministic ? Summation::ordered : Summation::best; }
+
 // What is asked for, and where it goes.
 struct Gradients {
   Tensor grad_output;
   std::optional<Tensor> lse;
-  bool deterministic;
+  Summation summation;
   Tensor value, positions, weights;
   std::optional<Tensor> reference_parts;  // [B, Q, M, Lr, 2 or 4]
 };
@@ -138,6 +144,14 @@ void clear(const Tensor& t, cudaStream_t stream) {
   STD_TORCH_CHECK(error == cudaSuccess, "ms_deform_attn_backward: ", cudaGetErrorString(error));
 }
 
+bool takes_tiles(const Arguments& a, const Gradients& g) {
+  if (g.summation == Summation::atomics || !deform::tiles_fit(a, g.grad_output)) {
+    STD_TORCH_CHECK(g.summation != Summation::tiles, "ms_deform_attn_backward: no tiles of these arguments");
+    return false;
+  }
+  return g.summation == Summation::tiles || deform::tiles_pay(a);
+}
+
 // Sums in the compute type, which is rounded once.
 template <typename V>
 void launch_atomic(const Arguments& a, const Gradients& g, cudaStream_t stream) {
@@ -147,7 +161,11 @@ void launch_atomic(const Arguments& a, const Gradients& g, cudaStream_t stream) 
     clear(sums, stream);
   }
   if (a.rows() > 0) {
-    launch_rows<V>(a, g, sums.data_ptr(), stream);
+    const bool tiles = takes_tiles(a, g);
+    launch_rows<V>(a, g, tiles ? nullptr : sums.data_ptr(), stream);
+    if (tiles) {
+      deform::sum_in_tiles(a, g.grad_output, g.lse, static_cast<float*>(sums.data_ptr()), stream);
+    }
   }
   if constexpr (kNarrow) {
     if (const int64_t count = sums.numel()) {
@@ -171,15 +189,16 @@ void launch_ordered(const Arguments& a, const Gradients& g, cudaStream_t stream)
 void run(const Arguments& a, const Gradients& g, cudaStream_t stream) {
   deform::with_value_type(a.value, [&](auto v) {
     using V = decltype(v);
-    g.deterministic ? launch_ordered<V>(a, g, stream) : launch_atomic<V>(a, g, stream);
+    g.summation == Summation::ordered ? launch_ordered<V>(a, g, stream) : launch_atomic<V>(a, g, stream);
   });
 }
 
 // Fresh gradients of the samples and of value.
-Gradients make_gradients(const Arguments& a, const Tensor& grad_output, std::optional<Tensor> lse, bool deterministic) {
+Gradients make_gradients(const Arguments& a, const Tensor& grad_output, std::optional<Tensor> lse,
+                         Summation summation) {
   return {grad_output,
           lse,
-          deterministic,
+          summation,
           new_cuda_output(a.value, first_sizes(a.value, 4), a.value.scalar_type()),
           new_cuda_output(a.positions, first_sizes(a.positions, 5), a.positions.scalar_type()),
           new_cuda_output(a.weights, first_sizes(a.weights, 4), a.weights.scalar_type()),
@@ -200,6 +219,23 @@ Tensor sum_heads(const Tensor& parts, const Tensor& reference, cudaStream_t stre
   return out;
 }
 
+// Gradients of value, references (empty where they are not wanted), positions and weights.
+using AllGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+AllGradients gradients_of(const Arguments& a, const Tensor& grad_output, std::optional<Tensor> lse, bool of_reference,
+                          Summation summation, cudaStream_t stream) {
+  Gradients g = make_gradients(a, grad_output, lse, summation);
+  const Tensor& like = a.reference ? *a.reference : a.value;
+  if (of_reference) {
+    g.reference_parts =
+        new_cuda_output(like, {a.images(), a.queries(), a.heads(), like.size(2), like.size(3)}, like.scalar_type());
+  }
+  run(a, g, stream);
+  Tensor grad_reference =
+      of_reference ? sum_heads(*g.reference_parts, like, stream) : new_cuda_output(like, {0}, like.scalar_type());
+  return {g.value, grad_reference, g.positions, g.weights};
+}
+
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad_output, Tensor value,
                                                            std::optional<Tensor> spatial_shapes,
                                                            std::optional<Tensor> level_start_index,
@@ -211,15 +247,16 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad_output, T
                     std::nullopt, sampling_locations, attention_weights,
                     shapes_hw,    num_points,         method,
                     0.0};
-  const Gradients g = make_gradients(a, grad_output, std::nullopt, deterministic);
-  run(a, g, device.stream());
-  return {g.value, g.positions, g.weights};
+  auto [grad_value, none, grad_locations, grad_weights] =
+      gradients_of(a, grad_output, std::nullopt, false, summation_of(deterministic), device.stream());
+  return {grad_value, grad_locations, grad_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
-    Tensor grad_output, Tensor value, std::optional<Tensor> spatial_shapes, std::optional<Tensor> level_start_index,
-    Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, deform::Sizes shapes_hw,
-    deform::Sizes num_points, double offset_scale, Tensor lse, bool need_reference_grad, bool deterministic) {
+AllGradients ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, std::optional<Tensor> spatial_shapes,
+                                           std::optional<Tensor> level_start_index, Tensor reference_points,
+                                           Tensor sampling_offsets, Tensor attention_logits, deform::Sizes shapes_hw,
+                                           deform::Sizes num_points, double offset_scale, Tensor lse,
+                                           bool need_reference_grad, bool deterministic) {
   const DeviceScope device(value);
   const Arguments a{value,
                     spatial_shapes,
@@ -231,21 +268,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
                     num_points,
                     0,
                     offset_scale};
-  Gradients g = make_gradients(a, grad_output, lse, deterministic);
-  if (need_reference_grad) {
-    g.reference_parts = new_cuda_output(
-        reference_points, {a.images(), a.queries(), a.heads(), reference_points.size(2), reference_points.size(3)},
-        reference_points.scalar_type());
-  }
-  run(a, g, device.stream());
-  Tensor grad_reference = need_reference_grad ? sum_heads(*g.reference_parts, reference_points, device.stream())
-                                              : new_cuda_output(reference_points, {0}, reference_points.scalar_type());
-  return {g.value, grad_reference, g.positions, g.weights};
+  return gradients_of(a, grad_output, lse, need_reference_grad, summation_of(deterministic), device.stream());
+}
+
+// Both of them with a Summation of the caller's choice, of the fused op where there are references: for tests and
+// benchmarks, which compare them.
+AllGradients ms_deform_attn_backward_by(Tensor grad_output, Tensor value, std::optional<Tensor> spatial_shapes,
+                                        std::optional<Tensor> level_start_index, std::optional<Tensor> reference,
+                                        Tensor positions, Tensor weights, deform::Sizes shapes_hw,
+                                        deform::Sizes num_points, int64_t method, double offset_scale,
+                                        std::optional<Tensor> lse, int64_t summation) {
+  const DeviceScope device(value);
+  const Arguments a{value,   spatial_shapes, level_start_index, reference, positions,
+                    weights, shapes_hw,      num_points,        method,    offset_scale};
+  return gradients_of(a, grad_output, lse, reference.has_value(), static_cast<Summation>(summation), device.stream());
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ssod_fast, m) {
+  m.def(
+      "_ms_deform_attn_backward_by(Tensor grad_output, Tensor value, Tensor? spatial_shapes, "
+      "Tensor? level_start_index, Tensor? reference, Tensor positions, Tensor weights, SymInt[]? shapes_hw, "
+      "int[]? num_points, int method, float offset_scale, Tensor? lse, int summation) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssod_fast, CUDA, m) {
   m.impl("ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
   m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
+  m.impl("_ms_deform_attn_backward_by", TORCH_BOX(&ms_deform_attn_backward_by));
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from deform_cases import DTYPES, SHAPES, Case, fused_inputs, random_case
+from deform_lanes import STARTS, TABLES
 from torch import Tensor
 
 from ssod_fast.ops import ms_deform_attn, ms_deform_attn_fused
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.gpu
 LIMIT = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FEW, MANY = 6, 2200  # queries that take many lanes each, and queries that fill the device
 STRIPS = ((40, 37), (20, 19), (9, 1), (5, 3))
+ATOMICS, TILES = 1, 2  # how the gradient of value is summed
 
 
 def check(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
@@ -129,6 +131,98 @@ def test_queries_in_strips(dtype: torch.dtype) -> None:
     assert torch.equal(case(), natural[:, :tokens])
 
 
+def gradients_by(case: Case, summation: int, fused_of: tuple[Tensor, ...] | None = None, method: int = 0, **levels: Any) -> Any:
+    """Gradients of value, references, positions and weights with a Summation of choice, and those of the reference."""
+    hw = None if "table" in levels else hw_of(case)
+    tables = levels.get("table"), levels.get("starts")
+    grad = gradient_of(case)
+    if fused_of is None:
+        samples = (case.value, *tables, case.locations, case.weights, hw, case.num_points, method)
+        value, positions, weights = plain._reference_backward(grad, *samples, False)
+        expected = [value, value.new_empty(0), positions, weights]
+        inputs = (*tables, None, case.locations, case.weights, hw, case.num_points, method, 0.0, None)
+    else:
+        samples = (case.value, *tables, fused_of[0].float(), *fused_of[1:], hw, case.num_points, 0.7)
+        lse = fused._reference(*samples)[1]
+        expected = fused._reference_backward(grad, *samples, lse, True, False)
+        inputs = (*tables, fused_of[0].float(), *fused_of[1:], hw, case.num_points, 0, 0.7, lse)
+    return OPS._ms_deform_attn_backward_by(grad, case.value, *inputs, summation), expected
+
+
+PYRAMIDS = (STRIPS, ((100, 3), (1, 1), (0, 5), (1, 130)), ((1, 1),), ((64, 65), (3, 3)))
+
+
+@pytest.mark.parametrize("summation", [ATOMICS, TILES])
+@pytest.mark.parametrize("shapes", PYRAMIDS, ids=str)
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_sums_by_tiles_and_by_atomics(dtype: torch.dtype, channels: int, shapes: Any, summation: int) -> None:
+    filled = [(max(h, 1), w) for h, w in shapes]
+    tokens = sum(h * w for h, w in shapes)
+    case = random_case(
+        2, tokens, 2, channels, filled, [1 + 4 * i for i in range(len(shapes))], dtype=dtype, geometry=torch.float32, device="cuda"
+    )
+    case.value, case.shapes = case.value[:, :tokens].contiguous(), list(shapes)
+    for method in (0, 1):
+        check(*gradients_by(case, summation, method=method))
+    for boxes, shared in ((False, False), (True, True)):
+        check(*gradients_by(case, summation, fused_inputs(case, boxes, shared)))
+
+
+@pytest.mark.parametrize("summation", [ATOMICS, TILES])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])
+def test_sums_of_samples_close_together(spread: float, summation: int) -> None:
+    """All samples of all queries fall on few tokens of every level, up to all of them on the same four."""
+    tokens = sum(h * w for h, w in STRIPS)
+    case = random_case(2, tokens, 2, 32, STRIPS, 4, device="cuda")
+    case.locations = 0.43 + spread * (case.locations - 0.5)
+    check(*gradients_by(case, summation))
+
+
+@pytest.mark.parametrize("summation", [ATOMICS, TILES])
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("starts", STARTS, ids=str)
+def test_sums_with_sizes_that_do_not_fit(table: Any, starts: Any, summation: int) -> None:
+    case = random_case(2, 51, 2, 32, SHAPES, device="cuda")
+    first = None if starts is None else torch.tensor(starts, device="cuda")
+    check(*gradients_by(case, summation, table=torch.tensor(table, device="cuda"), starts=first))
+
+
+@pytest.mark.parametrize("summation", [ATOMICS, TILES])
+def test_sums_of_samples_that_are_nowhere(summation: int) -> None:
+    case = random_case(1, 51, 2, 32, device="cuda")
+    for i, bad in enumerate((math.nan, math.inf, -math.inf, 1e30)):
+        case.locations[0, i, :, 1, i % 2] = bad
+        case.weights[0, i, :, 1] = math.nan
+    case.weights[0, 5, 0, 2] = math.nan
+    check(*gradients_by(case, summation))
+
+
+@pytest.mark.parametrize("channels", [1, 7, 12])
+def test_rows_that_tiles_do_not_take(channels: int) -> None:
+    case = random_case(1, 51, 2, channels, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(RuntimeError, match="no tiles of these arguments"):
+        gradients_by(case, TILES)
+    check_plain(case)
+
+
+def test_tiles_need_a_query_per_token() -> None:
+    with pytest.raises(RuntimeError, match="no tiles of these arguments"):
+        gradients_by(random_case(1, 52, 2, 32, device="cuda"), TILES)
+
+
+def test_encoders_are_summed_by_tiles() -> None:
+    """The profiler sees the kernel of the tiles by default, and the atomics alone where queries are few."""
+    tokens = sum(h * w for h, w in STRIPS)
+    for queries, expected in ((tokens, True), (tokens + 1, False)):
+        case = random_case(8, queries, 8, 32, STRIPS, 4, device="cuda")
+        inputs = (case.value, None, None, case.locations, case.weights, hw_of(case), None, 0, False)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            OPS.ms_deform_attn_backward(gradient_of(case), *inputs)
+            torch.cuda.synchronize()
+        assert any("tile_kernel" in event.key for event in profile.key_averages()) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_addresses_that_are_not_aligned(dtype: torch.dtype) -> None:
     case = random_case(2, MANY, 2, 32, dtype=dtype, device="cuda")
@@ -144,10 +238,8 @@ def test_broadcast_value() -> None:
     check_plain(case)
 
 
-@pytest.mark.parametrize(
-    "table", [((5, 7), (3, 4), (200, 300)), ((-5, 7), (0, 4), (2**62, 4)), ((2**31, 2**31),) * 3, ((7, 5), (4, 3), (2, 2))]
-)
-@pytest.mark.parametrize("starts", [None, (3, -9, 40), (30, 0, 0), (2**40, 0, -(2**63))], ids=str)
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("starts", STARTS, ids=str)
 @pytest.mark.parametrize("queries", [51, 52])
 def test_sizes_that_do_not_fit(table: Any, starts: Any, queries: int) -> None:
     case = random_case(2, queries, 2, 32, SHAPES, device="cuda")
