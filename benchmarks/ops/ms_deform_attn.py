@@ -34,6 +34,7 @@ from ssod_fast.ops import ms_deform_attn, ms_deform_attn_fused
 from ssod_fast.ops.ms_deform_attn import ms_deform_attn_gradients
 
 COMPILED = "torch.compile of grid_sample"
+SUMMATIONS = {"ours, atomics alone": 1, "ours, tiles": 2}
 SEPARATE = "softmax and positions in torch, our plain op"
 BARE = "bare dispatcher call"
 IN_FUNCTION = "bare dispatcher call in an autograd.Function"
@@ -147,6 +148,13 @@ def backward_case(work: Workload, kind: str, dtype: str, device: torch.device, c
     def ours(grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         return ms_deform_attn_gradients(grad, value, work.shapes, locations, weights)
 
+    summed = summations(work, device)
+
+    def check() -> None:
+        for gradient in (ours, *summed.values()):
+            check_plain(work, inputs[0], {}, gradient)
+
+    named = {name: walk(work, peer, inputs) for name, peer in peers.items()}
     return Case(
         op="ms_deform_attn",
         name=str(work),
@@ -154,12 +162,27 @@ def backward_case(work: Workload, kind: str, dtype: str, device: torch.device, c
         dtype=dtype,
         inputs=kind,
         bytes=traffic(work, inputs[0], True) - traffic(work, inputs[0], False),
-        providers={OURS: rotate(ours, with_grads(work, inputs)), **{name: walk(work, peer, inputs) for name, peer in peers.items()}},
-        check=lambda: check_plain(work, inputs[0], {}, ours),
+        providers={name: rotate(f, with_grads(work, inputs)) for name, f in {OURS: ours, **summed}.items()} | named,
+        check=check,
         targets=dict.fromkeys(peers, 1.0) if device.type == "cuda" else {},
         ceiling_us=ceiling,
         eager_only=tuple(peers),  # autograd runs a backward on the stream of its forward, which no capture sees
     )
+
+
+def summations(work: Workload, device: torch.device) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+    """Both ways in which our CUDA kernels can sum the gradient of value where queries are tokens; ours takes what it thinks best."""
+    if device.type != "cuda" or work.queries or not hasattr(torch.ops.ssod_fast, "_ms_deform_attn_backward_by"):
+        return {}
+    sizes = [side for size in work.shapes for side in size]
+
+    def gradients(summation: int, grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        samples = locations.flatten(3, 4), weights.flatten(3)
+        by = torch.ops.ssod_fast._ms_deform_attn_backward_by
+        of_value, _, *rest = by(grad, value, None, None, None, *samples, sizes, None, 0, 0.0, None, summation)
+        return of_value, *(x.view(of.shape) for x, of in zip(rest, (locations, weights), strict=True))
+
+    return {name: partial(gradients, summation) for name, summation in SUMMATIONS.items()}
 
 
 def fused_case(work: Workload, kind: str, dtype: str, device: torch.device, wanted: float | None, *, backward: bool = False) -> Case:
