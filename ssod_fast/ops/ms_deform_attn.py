@@ -53,6 +53,7 @@ def ms_deform_attn(
     Raises:
         ValueError: for shapes, devices or sizes in host memory that do not fit together, and for an unknown method.
         TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
+        RuntimeError: for more than 64 levels on CUDA.
     """
     if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")

@@ -86,6 +86,7 @@ def ms_deform_attn_fused(
     Raises:
         ValueError: for shapes, devices or sizes in host memory that do not fit together, and for an `offset_scale` that is not finite.
         TypeError: for what is no tensor, for integer, boolean or complex tensors, and for options of other types.
+        RuntimeError: for more than 64 levels on CUDA.
     """
     _ms_deform_checks.check_deterministic(deterministic)
     _ms_deform_checks.check_value(value)
