@@ -32,7 +32,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return cast(Tensor, self.linear2(F.dropout(F.relu(self.linear1(x)), self.dropout, self.training)))
+        # Of three dimensions a linear layer would return a view, and autograd copies what is changed in place through a view.
+        hidden = F.relu(self.linear1(x.flatten(0, 1)), inplace=True)
+        return cast(Tensor, self.linear2(F.dropout(hidden, self.dropout, self.training))).view_as(x)
 
 
 class EncoderLayer(nn.Module):
