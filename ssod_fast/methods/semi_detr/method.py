@@ -38,8 +38,9 @@ class SemiDETR:
     boxes besides learn to be decoded as the teacher decodes them. Labelled images learn the ground truth. Matching gives every object
     several queries in stage 1 and one in stage 2, whose models therefore need no suppression.
 
-    Backbones and encoders run once per image, matching queries are decoded once, and nothing is computed whose weight is 0. All of it is
-    exact as long as nothing in the networks is random: dropout has to be 0.
+    Backbones and encoders run once per image, matching queries are decoded once, and nothing is computed whose weight is 0. That changes
+    nothing but the time as long as two passes over an image agree: dropout has to be 0, and batch norm is best frozen (where it is trained,
+    the student's sees each image once, and not twice as in the released code).
 
     Args:
         config: options; `switch_at` has to be set.

@@ -78,7 +78,10 @@ def statistics(
         config: for the threshold.
     """
     raw = watched.detections.targets
-    extra: dict[str, Tensor] = {"reliable_per_image": watched.weak.count.float().mean()}
+    extra: dict[str, Tensor] = {
+        "reliable_per_image": watched.weak.count.float().mean(),
+        "truncated_images": watched.detections.truncated.float().sum(),
+    }
     if mined is not None:
         extra |= {
             "mined_per_image": mined.keep.sum(1).float().mean(),
