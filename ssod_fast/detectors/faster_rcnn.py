@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from ssod_fast.structures import PaddedTargets, Target
 
 from .adapter import TorchvisionDetector
-from .protocol import ImageBatch
+from .protocol import ImageBatch, LossProgram
 from .suppress import as_targets, best_boxes, clip_boxes
 from .targets import to_clean_list
 
@@ -39,6 +39,17 @@ class FasterRCNNDetector(TorchvisionDetector):
         for head in (self.model.rpn.head, self.model.roi_heads.box_predictor):
             head.register_forward_hook(_widen_outputs)
 
+    def forward(self, images: ImageBatch | list[Tensor], targets: PaddedTargets | list[Target] | LossProgram) -> dict[str, Tensor]:
+        """The losses, so that DistributedDataParallel can wrap the detector.
+
+        Args:
+            images: normalised batch, or [3, h, w] tensors with values in 0..255.
+            targets: as for :meth:`losses`; or a program, which computes losses from the stages of the detector.
+        """
+        if callable(targets):
+            return targets(self, self._batch(images))
+        return self.losses(images, targets)
+
     def losses(self, images: ImageBatch | list[Tensor], targets: PaddedTargets | list[Target]) -> dict[str, Tensor]:
         """Training losses to be summed, torchvision's four. Waits for the device.
 
@@ -52,13 +63,30 @@ class FasterRCNNDetector(TorchvisionDetector):
             ValueError: number of targets, a label outside of 0..num_classes - 1 (list form), or a weight other than 1.
             RuntimeError: the detector is in eval mode, in which torchvision computes no losses.
         """
+        batch = self._batch(images)
+        return self.losses_from(self.pyramid(batch), batch, targets)
+
+    def pyramid(self, batch: ImageBatch) -> OrderedDict[str, Tensor]:
+        """Feature maps [B, C, h, w] by name, float32, finest first: the backbone's share of :meth:`losses`."""
+        return self._feature_maps(batch)
+
+    def losses_from(self, maps: OrderedDict[str, Tensor], batch: ImageBatch, targets: PaddedTargets | list[Target]) -> dict[str, Tensor]:
+        """What :meth:`losses` computes, for who has run :meth:`pyramid` already.
+
+        Args:
+            maps: the pyramid of the batch.
+            batch: normalised images.
+            targets: one entry per image, boxes in pixels of the image.
+
+        Raises:
+            ValueError: as :meth:`losses`.
+            RuntimeError: as :meth:`losses`.
+        """
         if not self.training:
             raise RuntimeError("losses() of Faster R-CNN needs training mode: call train() first")
-        batch = self._batch(images)
         clean = to_clean_list(targets, len(batch), self.num_classes, batch.tensor.device)
         _refuse_weights(clean)
         inside = [{"boxes": t["boxes"], "labels": t["labels"] + 1} for t in clean]
-        maps = self._feature_maps(batch)
         self._fix_scales(maps, batch)
         proposals, first = self.model.rpn(ImageList(batch.tensor, batch.sizes), maps, inside)
         _, second = self.model.roi_heads(maps, proposals, batch.sizes, inside)

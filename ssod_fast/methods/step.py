@@ -103,9 +103,14 @@ class StepOutput:
 
 
 class LossBook:
-    """Runs the additive losses of one step, one branch after the other, and keeps their terms for the log."""
+    """Runs the additive losses of one step, one branch after the other, and keeps their terms for the log.
+
+    Attributes:
+        diagnostics: other numbers for the log, which branches may add to.
+    """
 
     def __init__(self, driver: BackwardDriver | None) -> None:
+        self.diagnostics: dict[str, Tensor] = {}
         self._joint = JointBackward() if driver is None else None
         self._driver: BackwardDriver = self._joint if driver is None else driver  # type: ignore[assignment]
         self._terms: dict[str, Tensor] = {}
@@ -126,15 +131,10 @@ class LossBook:
             self._driver.backward(_total(terms))
         self._terms.update({name: term.detach() for name, term in terms.items()})
 
-    def output(
-        self,
-        stats: PseudoLabelStats | None = None,
-        previews: tuple[Preview, ...] = (),
-        diagnostics: Mapping[str, Tensor] | None = None,
-    ) -> StepOutput:
+    def output(self, stats: PseudoLabelStats | None = None, previews: tuple[Preview, ...] = ()) -> StepOutput:
         """The step's result."""
         joint = None if self._joint is None else self._joint.loss
-        return StepOutput(_total(self._terms) if joint is None else joint, self._terms, stats, previews, diagnostics or {})
+        return StepOutput(_total(self._terms) if joint is None else joint, self._terms, stats, previews, self.diagnostics)
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ class MixPL:
         self.config = config = MixPLConfig() if config is None else config
         self.ema = config.ema
         self.burn_in = config.burn_in
-        self.trainable = None
+        self.trainable: nn.Module | None = None
         self.planner = _make_planner(config, rank)
         self.cache = RingCache(config.cache_length, config.unlabeled_batch, config.teacher_topk)
 
@@ -88,12 +88,19 @@ class MixPL:
         if unlabeled is None and not burning_in:
             raise ValueError("unlabeled must be a batch of weak and strong views for mixpl, got None: without such images use supervised")
         book = LossBook(driver)
-        run_supervised(book, model, labeled, weight=self.config.sup_weight, last=burning_in)
+        shown = self.supervised(book, model, labeled, last=burning_in, want_preview=want_preview)
         if burning_in or unlabeled is None:
-            return book.output()
+            return book.output(previews=shown)
         said = self.predict(model, unlabeled)
         stats, previews = self.unsupervised_losses(book, model, said, unlabeled, step, want_preview)
-        return book.output(stats, previews)
+        return book.output(stats, shown + previews)
+
+    def supervised(
+        self, book: LossBook, model: SemiSupervisedDetector, labeled: LabeledBatch, *, last: bool, want_preview: bool = False
+    ) -> tuple[Preview, ...]:
+        """The labelled loss; returns what it trains on where that is not the batch as it came."""
+        run_supervised(book, model, labeled, weight=self.config.sup_weight, last=last)
+        return ()
 
     @torch.no_grad()
     def predict(self, model: SemiSupervisedDetector, unlabeled: UnlabeledBatch) -> TeacherBoxes:

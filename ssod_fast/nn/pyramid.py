@@ -1,0 +1,60 @@
+"""Features under boxes from a feature pyramid, without a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from ssod_fast.criterion.losses import _wide
+
+_UNIT = 56.0  # pixels: boxes whose sides have twice this geometric mean belong to the second level, four times to the third
+
+
+def box_levels(boxes: Tensor, levels: int) -> Tensor:
+    """Which level of the pyramid a box is pooled from: floor(log2(sqrt(w·h) / 56 + 1e-6)), within the pyramid.
+
+    Args:
+        boxes: [R, 4] xyxy in pixels.
+        levels: number of levels.
+
+    Returns:
+        int64 [R].
+    """
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).unbind(-1)
+    level = torch.log2((width * height).sqrt() / _UNIT + 1e-6).floor()
+    return level.clamp(0, levels - 1).to(torch.int64)
+
+
+def pool_boxes(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, *, strides: Sequence[int], size: int = 7) -> Tensor:
+    """Features under boxes, each from the level that fits its size (:func:`box_levels`). Gradients flow to the maps alone.
+
+    Half-pixel aligned, with as many samples per bin as pixels of the level lie in it.
+
+    Args:
+        maps: [B, D, h, w] each, finest first; half precision is pooled in float32.
+        boxes: [R, 4] xyxy in pixels.
+        image: int64 [R], the image of each box.
+        strides: pixels per cell of each map.
+        size: height and width of the result.
+
+    Returns:
+        [R, D, size, size].
+
+    Raises:
+        ValueError: not one stride per map.
+    """
+    if len(maps) != len(strides) or not maps:
+        raise ValueError(f"maps must be as many as strides, {len(strides)}, got {len(maps)}")
+    level = box_levels(boxes, len(maps))
+    total = torch.zeros((), device=boxes.device)
+    for i, (features, stride) in enumerate(zip(maps, strides, strict=True)):
+        features = _wide(features)
+        # Boxes of other levels become empty: no sample is taken for them and they give zeros.
+        own = torch.where((level == i)[:, None], boxes, 0)
+        rois = torch.cat([image[:, None].to(features.dtype), own.to(features.dtype)], 1)
+        pooled = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+        total = pooled.add_(total)
+    return total
