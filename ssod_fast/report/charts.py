@@ -32,6 +32,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         ("Accuracy", "Average precision on the validation images, in percent. Solid: teacher, dashed: student.", accuracy(runs)),
         ("Pseudo labels over time", f"What the teacher tells the student about the unlabelled images.{stand_in}", pseudo_over_time(runs)),
         ("Pseudo labels in detail", f"State at the last evaluation that was logged.{stand_in}", pseudo_detail(runs)),
+        ("Refined boxes", "How well boxes of the training images overlap the known clean ones.", refined_boxes(runs)),
         ("Losses and learning rate", "Pale: as logged, full: running mean.", losses(runs)),
         ("Time", "Where a training step spends its time.", time_panels(runs)),
     ]
@@ -279,6 +280,41 @@ def _class_quality(index: int, run: Run, count: int) -> Panel | None:
     return plots.dots(
         f"class_quality_{index}", title, names, groups, span=(-0.03, 1.03), caption="Filled dot: precision, hollow diamond: recall."
     )
+
+
+def refined_boxes(runs: Sequence[Run]) -> list[Panel | None]:
+    """Overlap of inaccurate boxes, and of what a refiner made of them, with the clean ones, where these are known."""
+    return [
+        plots.lines(
+            "refined_iou",
+            "Mean IoU of boxes with the clean ones",
+            _diagnostic_curves(runs, {"noisy": ":", "stage1": "--", "refined": "-"}, "{}_iou"),
+            caption="Dotted: as annotated, dashed: after stage I, solid: refined. Means over the batches between two lines of the log.",
+        ),
+        plots.lines(
+            "bag_iou",
+            "Mean IoU of the proposals of a bag",
+            _diagnostic_curves(runs, {"bag0": ":", "bag1": "--", "bag2": "-"}, "{}_iou"),
+            caption=_BAGS,
+        ),
+        plots.lines(
+            "bag_best_iou",
+            "IoU of the best proposal of a bag",
+            _diagnostic_curves(runs, {"bag0": ":", "bag1": "--", "bag2": "-"}, "{}_max_iou"),
+            caption=_BAGS,
+        ),
+    ]
+
+
+_BAGS = "Dotted: around the annotated box, dashed: after the first regression, solid: after the second."
+
+
+def _diagnostic_curves(runs: Sequence[Run], parts: dict[str, str], key: str) -> list[Curve]:
+    return [
+        Curve(f"{run.label} {part}", series(run.train, f"diagnostics/{key.format(part)}"), i, dash, smooth=True)
+        for part, dash in parts.items()
+        for i, run in enumerate(runs)
+    ]
 
 
 def loss_keys(runs: Sequence[Run]) -> list[str]:

@@ -13,6 +13,8 @@ Json = dict[str, Any]
 Series = tuple[list[int], list[float]]  # iterations, values (NaN where a value is missing or not finite)
 
 BASELINE_METHOD = "supervised"
+# Methods that look at labelled images alone.
+WITHOUT_PSEUDO_LABELS = (BASELINE_METHOD, "ssd_det")
 # Files of a run folder without which the page says what it cannot show.
 METRICS_FILE = "metrics.jsonl"
 
@@ -58,6 +60,11 @@ class Run:
     def is_baseline(self) -> bool:
         """Whether this is the supervised baseline."""
         return self.method == BASELINE_METHOD
+
+    @property
+    def has_pseudo_labels(self) -> bool:
+        """Whether the method is one that learns from unlabelled images."""
+        return self.method not in WITHOUT_PSEUDO_LABELS
 
     @property
     def classes(self) -> list[str]:
@@ -192,7 +199,7 @@ def _describe_gaps(run: Run) -> list[str]:
         gaps.append("No training line: there are no loss curves.")
     if not run.evals:
         gaps.append("No evaluation line: there is no AP.")
-    if not run.is_baseline and not run.quality:
+    if run.has_pseudo_labels and not run.quality:
         gaps.append("No pseudo-label quality was logged: without hidden or validation truth, precision and recall are unknown.")
     if broken := _non_finite_iterations(run):
         shown = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 CLASSES = ["disc", "square", "triangle", "ring", "cross", "star"]
 TRUTH = [420, 210, 96, 48, 20, 9]
+PLAIN = ("supervised", "ssd_det")  # without teacher and pseudo labels
 SIZE = (160, 120)  # width, height of the preview images
 
 
@@ -26,7 +27,7 @@ def write_run(
     classes: list[str] | None = None,
     name: str | None = None,
 ) -> Path:
-    """A run folder with metrics.jsonl, env.json and previews; `method` "supervised" has neither teacher nor pseudo labels."""
+    """A run folder with metrics.jsonl, env.json and previews; methods in PLAIN have neither teacher nor pseudo labels."""
     rng = random.Random(f"{method}{seed}")
     names = classes or CLASSES
     folder.mkdir(parents=True)
@@ -35,17 +36,17 @@ def write_run(
         rows.append(_train_line(rng, it, iters, method))
         if it % max(10, iters // 6 // 10 * 10) == 0:
             rows.append(_eval_line(rng, it, iters, method, names))
-            if quality and method != "supervised":
+            if quality and method not in PLAIN:
                 rows.append(_quality_line(rng, it, iters, names))
     rows += [{"type": "event", "level": "info", "it": 0, "message": f"{len(names)} classes, 40 labelled images"}]
-    if method != "supervised":
+    if method not in PLAIN:
         rows.append({"type": "event", "level": "warning", "it": 200, "message": f"class '{names[-1]}' got 0 pseudo labels"})
     if finished:
         rows.append({"type": "summary", "it": iters, "seconds": 171.3})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     versions = {"ssod_fast": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "torchvision": "0.26.0", "device": "cpu", "threads": 2}
     (folder / "env.json").write_text(json.dumps(versions))
-    if previews and method != "supervised":
+    if previews and method not in PLAIN:
         _write_previews(rng, folder / "pseudo_preview", iters, names)
     return folder
 
@@ -61,7 +62,7 @@ def _run_line(name: str, method: str, seed: int, iters: int, classes: list[str])
         "ema": {"floor": 2e-3},
         "name": name,
     }
-    if method != "supervised":
+    if method not in PLAIN:
         config["method"] |= {"cls_pseudo_thr": 0.4, **({"switch_at": iters // 2} if method == "semi_detr" else {"cache_size": 8})}
     head = {
         "type": "run",
@@ -69,7 +70,7 @@ def _run_line(name: str, method: str, seed: int, iters: int, classes: list[str])
         "method": method,
         "classes": classes,
         "labeled": 40,
-        "unlabeled": 0 if method == "supervised" else 360,
+        "unlabeled": 0 if method in PLAIN else 360,
     }
     return head | {"split_hash": "9f2176a1b9c34de0aa12", "seed": seed, "config": config}
 
@@ -78,12 +79,21 @@ def _train_line(rng: random.Random, it: int, iters: int, method: str) -> dict:
     fall = math.exp(-3 * it / iters)
     losses = {f"sup/{term}": base * (0.25 + 0.75 * fall) * rng.uniform(0.85, 1.15) for term, base in _TERMS}
     line = {"type": "train", "it": it, "time": it * 0.28, "lr": 0.02 * min(1.0, it / 50), "it_per_s": rng.uniform(3.2, 3.8)}
-    if method != "supervised":
+    if method not in PLAIN:
         kinds = ("unsup",) if method == "semi_detr" else ("mixup", "mosaic")
         losses |= {f"{kind}/{term}": 0.6 * base * (0.4 + 0.6 * fall) * rng.uniform(0.7, 1.3) for kind in kinds for term, base in _TERMS}
         line["pseudo"] = _pseudo(rng, it / iters, method)
+    if method == "ssd_det":
+        line["diagnostics"] = _diagnostics(rng, it / iters)
     split = {"data": 0.05, "teacher": 0.2, "mix": 0.02, "student": 0.63, "optimizer": 0.1}
     return line | {"loss": sum(losses.values()), "losses": losses, "time_split": split}
+
+
+def _diagnostics(rng: random.Random, share: float) -> dict:
+    levels = {"noisy": 0.45, "stage1": 0.45 + 0.1 * share, "refined": 0.45 + 0.2 * share}
+    means = {f"bag{stage}": 0.4 + 0.09 * stage * share for stage in range(3)}
+    best = {f"bag{stage}_max": 0.6 + 0.09 * stage * share for stage in range(3)}
+    return {f"{name}_iou": value + rng.uniform(-0.01, 0.01) for name, value in {**levels, **means, **best}.items()}
 
 
 _TERMS = (("classification", 1.1), ("bbox_regression", 0.7), ("bbox_ctrness", 0.68))
@@ -106,10 +116,10 @@ def _metrics(rng: random.Random, level: float, classes: list[str]) -> dict:
 
 
 def _eval_line(rng: random.Random, it: int, iters: int, method: str, classes: list[str]) -> dict:
-    top = 0.26 if method == "supervised" else 0.33
+    top = 0.26 if method in PLAIN else 0.33
     level = top * (1 - math.exp(-3 * it / iters))
-    line = {"type": "eval", "it": it, "student": _metrics(rng, level * 0.93 if method != "supervised" else level, classes)}
-    return line if method == "supervised" else line | {"teacher": _metrics(rng, level, classes)}
+    line = {"type": "eval", "it": it, "student": _metrics(rng, level * 0.93 if method not in PLAIN else level, classes)}
+    return line if method in PLAIN else line | {"teacher": _metrics(rng, level, classes)}
 
 
 def _quality_line(rng: random.Random, it: int, iters: int, classes: list[str]) -> dict:

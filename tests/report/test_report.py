@@ -306,3 +306,25 @@ def test_missing_matplotlib_names_the_extra(pair, tmp_path, monkeypatch):
 
 def test_default_place_of_one_run(pair):
     assert html._default_target(pair[:1]) == pair[0] / "report.html"
+
+
+def test_refined_boxes_are_plotted_and_summed_up(tmp_path, write_run):
+    runs = read_runs([write_run(tmp_path / "supervised", method="supervised"), write_run(tmp_path / "ssd_det", method="ssd_det")])
+    found = {panel.key: panel for section in sections(runs) if section.title == "Refined boxes" for panel in section.panels}
+    assert list(found) == ["refined_iou", "bag_iou", "bag_best_iou"]
+    assert "ssd_det refined: 0.4" in found["refined_iou"].alt
+    assert "supervised" not in found["bag_iou"].alt
+    assert any("ssd_det: refined boxes overlap the clean ones by 0.6" in s and "they are better." in s for s in verdict(runs))
+    assert not any("pseudo" in problem for run in runs for problem in run.problems)
+    text, _ = _read(build_report([run.folder for run in runs], tmp_path / "report.html"))
+    assert "Mean IoU of the proposals of a bag" in text
+
+
+def test_refined_boxes_that_are_worse_are_called_worse(tmp_path, write_run):
+    folder = write_run(tmp_path / "ssd_det", method="ssd_det")
+    lines = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "diagnostics" in line:
+            line["diagnostics"]["refined_iou"] = 0.2
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert any("they are worse: do not use them" in sentence for sentence in verdict(read_runs([folder])))
