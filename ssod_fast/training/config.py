@@ -157,7 +157,7 @@ class TrainConfig(Generic[M]):
     def total_batch(self, processes: int = 1) -> int:
         """Images per optimizer step."""
         labeled, unlabeled = self.per_batch
-        used = labeled if self.method_name == "supervised" else labeled + unlabeled
+        used = labeled + unlabeled if hasattr(self.method, "unlabeled_batch") else labeled
         return used * self.accumulate * processes
 
 
@@ -209,7 +209,10 @@ def resolve(config: TrainConfig[M]) -> TrainConfig[M]:
         changes["method"] = _fit_method(config.method, unlabeled, config)
     else:
         changes["batch"] = str(labeled)
-    if config.batch_draw == "bernoulli" and config.method_name in ("supervised", "mixpl"):
+        method: Any = config.method
+        if hasattr(method, "seed"):
+            changes["method"] = dataclasses.replace(method, seed=config.seed)
+    if config.batch_draw == "bernoulli" and config.method_name != "semi_detr":
         raise ConfigError(f"batch_draw must be fixed for --method {config.method_name}, whose batches are all alike, got 'bernoulli'")
     return dataclasses.replace(config, **changes)
 

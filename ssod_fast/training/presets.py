@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ssod_fast.methods import METHODS
+from ssod_fast.methods import METHODS, MixPLConfig
 
 from .tree import ConfigError, nearest
 
@@ -25,7 +25,11 @@ DETR_OPTIMIZER: dict[str, Any] = {
 # Of the same recipes; 1 to 4 erased patches are Semi-DETR's and concern no run without strong views. MixPL's recipe for DINO has its own.
 DETR_VIEWS: dict[str, Any] = {"short_side": [480, 800], "erase_patches": [1, 5]}
 
-DEFAULT_MODELS = {"semi_detr": "own:dino_resnet50"}
+# SSD-Det's gradients are clipped harder; its learning rate per image is MixPL's.
+SSD_DET_OPTIMIZER: dict[str, Any] = {"clip_norm": 10.0}
+
+_TWO_STAGE = "torchvision:fasterrcnn_resnet50_fpn"
+DEFAULT_MODELS = {"semi_detr": "own:dino_resnet50", "ssd_det": _TWO_STAGE, "mixpl_ssd_det": _TWO_STAGE}
 """By method, where not every detector will do."""
 
 
@@ -43,9 +47,9 @@ def method_defaults(name: str, model: str) -> Any:
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}{nearest(name, list(METHODS))}")
     options = METHODS[name][0]()
-    if name == "mixpl":
+    if isinstance(options, MixPLConfig):
         family = "detr" if is_detr(model) else next((family for family in MIXPL_THRESHOLDS if family in model), "fasterrcnn")
-        return dataclasses.replace(options, cls_pseudo_thr=MIXPL_THRESHOLDS[family])  # type: ignore[arg-type]
+        return dataclasses.replace(options, cls_pseudo_thr=MIXPL_THRESHOLDS[family])
     return options
 
 
@@ -63,6 +67,8 @@ def run_defaults(method: str, model: str | None) -> dict[str, Any]:
         tree["optimizer"] = dict(DETR_OPTIMIZER)
         if method != "mixpl":
             tree["views"] = dict(DETR_VIEWS)
+    if method == "ssd_det":
+        tree["optimizer"] = dict(SSD_DET_OPTIMIZER)
     return tree
 
 
