@@ -13,8 +13,10 @@ from ssod_fast.criterion.losses import _wide
 _UNIT = 56.0  # pixels: boxes whose sides have twice this geometric mean belong to the second level, four times to the third
 
 
-def box_levels(boxes: Tensor, levels: int) -> Tensor:
+def box_levels(boxes: Tensor, levels: int = 4) -> Tensor:
     """Which level of the pyramid a box is pooled from: floor(log2(sqrt(w·h) / 56 + 1e-6)), within the pyramid.
+
+    With levels of stride 8, 16, 32 and 64 that is one coarser than in torchvision's `MultiScaleRoIAlign`.
 
     Args:
         boxes: [R, 4] xyxy in pixels.

@@ -22,7 +22,7 @@ from ssod_fast.methods.semi_detr import (
     query_rows,
     roi_features,
 )
-from ssod_fast.methods.semi_detr.consistency import box_levels
+from ssod_fast.nn.pyramid import box_levels
 from ssod_fast.structures import PaddedTargets
 
 WIDTH = 8

@@ -13,15 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import box_convert, roi_align
+from torchvision.ops import box_convert
 
 from ssod_fast.criterion.losses import _wide
+from ssod_fast.nn.pyramid import pool_boxes
 from ssod_fast.structures import PaddedTargets, upload
 
 Reduction = Literal["mean_product", "weighted"]
 
 STRIDES = (8, 16, 32, 64)
-_UNIT = 56.0  # pixels: boxes whose sides have twice this geometric mean belong to the second level, four times to the third
 _DUMMY = (0.25, 0.75)  # where the box of an image without pseudo boxes begins and ends, in shares of either side
 _CENTRE = 0.5  # all four coordinates of a padding query, whose logits so are 0
 
@@ -139,54 +139,10 @@ def _conv(width: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
 
 
-def box_levels(boxes: Tensor, levels: int = len(STRIDES)) -> Tensor:
-    """Which level of the pyramid a box is pooled from: floor(log2(sqrt(w·h) / 56 + 1e-6)), within the pyramid.
-
-    With the usual strides that is one level coarser than in torchvision's `MultiScaleRoIAlign`.
-
-    Args:
-        boxes: [R, 4] xyxy in pixels.
-        levels: number of levels.
-
-    Returns:
-        int64 [R].
-    """
-    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).unbind(-1)
-    level = torch.log2((width * height).sqrt() / _UNIT + 1e-6).floor()
-    return level.clamp(0, levels - 1).to(torch.int64)
-
-
 @torch.no_grad()
 def roi_features(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, *, strides: Sequence[int] = STRIDES, size: int = 7) -> Tensor:
-    """Features under boxes, each from the level that fits its size (:func:`box_levels`). No gradient, no wait for the device.
-
-    Half-pixel aligned, with as many samples per bin as pixels of the level lie in it.
-
-    Args:
-        maps: [B, D, h, w] each, finest first; half precision is pooled in float32.
-        boxes: [R, 4] xyxy in pixels.
-        image: int64 [R], the image of each box.
-        strides: pixels per cell of each map.
-        size: height and width of the result.
-
-    Returns:
-        [R, D, size, size].
-
-    Raises:
-        ValueError: not one stride per map.
-    """
-    if len(maps) != len(strides) or not maps:
-        raise ValueError(f"maps must be as many as strides, {len(strides)}, got {len(maps)}")
-    level = box_levels(boxes, len(maps))
-    total = torch.zeros((), device=boxes.device)
-    for i, (features, stride) in enumerate(zip(maps, strides, strict=True)):
-        features = _wide(features)
-        # Boxes of other levels become empty: no sample is taken for them and they give zeros.
-        own = torch.where((level == i)[:, None], boxes, 0)
-        rois = torch.cat([image[:, None].to(features.dtype), own.to(features.dtype)], 1)
-        pooled = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
-        total = pooled.add_(total)
-    return total
+    """Features [R, D, size, size] under boxes, without gradient; see :func:`~ssod_fast.nn.pyramid.pool_boxes`."""
+    return pool_boxes(maps, boxes, image, strides=strides, size=size)
 
 
 def consistency_loss(student: Tensor, teacher: Tensor, weight: Tensor, *, reduction: Reduction = "mean_product") -> Tensor:
