@@ -78,16 +78,17 @@ def make_model(family: str = "dino", *, dtype: torch.dtype = torch.float64, swit
 
 
 def make_views(seed: int, unlabeled: int = 2, hw: tuple[int, int] = (64, 80)) -> tuple[LabeledBatch, UnlabeledBatch]:
-    """Random batches; strong views are smaller than weak ones, turned a little and mirrored, and images differ in size."""
+    """Random batches; weak views are half the originals, strong ones smaller still, turned a little and mirrored, and differ in size."""
     labeled, pairs = make_batches(seed, labeled=2, unlabeled=unlabeled, hw=hw)
     turn, scale = math.radians(4), 0.9
     c, s = scale * math.cos(turn), scale * math.sin(turn)
     matrix = torch.tensor([[-c, s, hw[1] * 0.9], [s, c, 1.0], [0, 0, 1]], dtype=torch.float64)
     size = [(hw[0] - 8 * (i % 2), hw[1] - 16 * (i % 2)) for i in range(unlabeled)]
     strong = [image[:, :h, :w].contiguous() for image, (h, w) in zip(pairs.strong, size, strict=True)]
-    return labeled, UnlabeledBatch(
-        pairs.weak, strong, pairs.weak_matrix, matrix.expand(unlabeled, 3, 3).clone(), pairs.original_hw, pairs.image_ids
-    )
+    half = torch.tensor([0.5, 0.5, 1], dtype=torch.float64).diag()
+    weak_matrix, strong_matrix = (m.expand(unlabeled, 3, 3).clone() for m in (half, matrix @ half))
+    original_hw = [(2 * hw[0], 2 * hw[1])] * unlabeled
+    return labeled, UnlabeledBatch(pairs.weak, strong, weak_matrix, strong_matrix, original_hw, pairs.image_ids)
 
 
 def gradients(model: SemiSupervisedDetector) -> dict[str, Tensor]:

@@ -118,6 +118,11 @@ class TestWholeStep:
         model = make_model(**options)
         assert_equal(fast(model, step), slow(model, step, Slow(solver="shipped")))
 
+    def test_thresholds_and_the_rule_of_assignment(self) -> None:
+        of_teacher = {"teacher_score_thr": 0.2, "teacher_nms_thr": 0.4, "teacher_topk": 12, "cls_pseudo_thr": 0.9}
+        model = make_model(**of_teacher, o2m_topk=4, o2m_alpha=0.5, o2m_beta=2.0)
+        assert_equal(fast(model, STAGE1), slow(model, STAGE1, Slow()), tolerance=2e-6)
+
     def test_float32(self) -> None:
         model = make_model(dtype=torch.float32)
         assert_equal(fast(model, STAGE1), slow(model, STAGE1, Slow(solver="shipped")), tolerance=1e-5)

@@ -99,7 +99,8 @@ class TestLosses:
         assert (stats.pseudo.count >= stats.kept_count).all()
         assert stats.kept_count.min() > 0
         assert set(stats.extra) == always | {"mined_per_image", "cost_thr", "mixture_converged"}
-        assert stats.pseudo.boxes.amin() >= 0  # in pixels of the original
+        right = stats.pseudo.boxes[..., 2].amax()
+        assert 80 < right <= 160  # in pixels of the original, which is twice as large as the weak view
         (preview,) = out.previews
         assert preview.kind == "unsup"
         assert torch.equal(preview.targets.count, stats.kept_count)
@@ -140,6 +141,28 @@ class _Driver:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+
+class TestDenoising:
+    def test_noise_is_that_of_the_method(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And not that of the detector, which trains itself otherwise."""
+        model = float_model(denoising=4, label_noise=0.3, box_noise=0.2)
+        assert (model.student.config.denoising, model.student.config.box_noise) == (6, 1.0)
+        given, make = [], branches.make_denoising
+        monkeypatch.setattr(branches, "make_denoising", lambda *args, **kwargs: given.append(kwargs) or make(*args, **kwargs))
+        model.training_step(*make_views(STAGE2), STAGE2)
+        assert len(given) == 2
+        for options in given:
+            assert (options["number"], options["label_noise"], options["box_noise"]) == (4, 0.3, 0.2)
+
+    def test_defaults_are_the_released_ones(self) -> None:
+        config = SemiDETRConfig()
+        assert (config.denoising, config.label_noise, config.box_noise) == (100, 0.5, 0.4)
+        assert (config.cls_weight, config.l1_weight, config.giou_weight, config.unsup_weight) == (2.0, 10.0, 2.0, 4.0)
+        assert (config.teacher_score_thr, config.teacher_nms_thr, config.teacher_topk, config.cls_pseudo_thr) == (0.01, 0.6, 300, 0.4)
+        assert (config.o2m_topk, config.o2m_alpha, config.o2m_beta) == (13, 1.0, 6.0)
+        assert (config.consistency_weight, config.consistency_reduction, config.consistency_stages) == (10.0, "mean_product", (1,))
+        assert (config.content, config.mask_group_padding, config.pseudo_denoising_stages) == ("teacher", False, (2,))
 
 
 class TestDraws:
