@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from no_sync import no_sync
 from semi_detr_models import gradients, make_detector, make_model, make_views
 from tiny_detector import TinyDetector
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ssod_fast.data.batches import LabeledBatch, UnlabeledBatch
 from ssod_fast.methods import METHODS, SemiDETR, SemiDETRConfig, SemiSupervisedDetector
 from ssod_fast.methods.semi_detr import branches
 from ssod_fast.methods.semi_detr.draws import Draws
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE1, STAGE2 = 3, 12  # iterations on both sides of switch_at = 10
 LOSSES = {"loss_cls", "loss_l1", "loss_giou"}
 ENCODER, DENOISING = ({f"{prefix}_{name}" for name in LOSSES} for prefix in ("enc", "dn"))
@@ -364,49 +361,3 @@ def test_the_method_is_listed_and_registers_its_projector() -> None:
     assert model.method.state_dict() == {}
     assert any(name.startswith("trainable.projector") for name in model.state_dict())
     assert not any("projector" in name for part in (model.student, model.teacher) for name in part.state_dict())
-
-
-class Reads(TorchFunctionMode):
-    """Counts what makes the host wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        waits = (Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.nonzero)
-        self.count += func in waits
-        return func(*args, **(kwargs or {}))
-
-
-OTHERWISE = {"content": "cross", "mask_group_padding": True, "consistency_stages": (1, 2)}
-
-
-class TestNoSync:
-    @pytest.mark.parametrize("family", ["dino", "deformable_detr"])
-    @pytest.mark.parametrize("step", [STAGE1, STAGE2])
-    @pytest.mark.parametrize(
-        "options", [{}, {"content": "cross", "mask_group_padding": True, "consistency_stages": (1, 2)}], ids=["official", "paper"]
-    )
-    def test_but_for_one_read(self, family: str, step: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        model = make_model(family, dtype=torch.float32, **options).to(DEVICE)
-        labeled, unlabeled = make_views(step)
-        views = labeled.to(DEVICE), unlabeled.to(DEVICE)
-        read, answers = branches.UnsupervisedBranch._read, []
-
-        def remember(self: Any, *args: Any) -> Any:
-            with Reads() as reads:
-                answers.append(read(self, *args))
-            assert reads.count == 1
-            return answers[-1]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(branches.UnsupervisedBranch, "_read", remember)
-            expected = model.training_step(*views, step).losses
-        assert len(answers) == 1
-        model.method._last = step - 1  # type: ignore[attr-defined]  # the same noise again
-        monkeypatch.setattr(branches.UnsupervisedBranch, "_read", lambda self, *args: answers[0])
-        with no_sync():
-            out = model.training_step(*views, step)
-            out.loss.backward()
-        assert all(torch.equal(out.losses[name], term) for name, term in expected.items())
