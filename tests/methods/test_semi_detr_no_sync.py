@@ -36,9 +36,7 @@ OTHERWISE = {"content": "cross", "mask_group_padding": True, "consistency_stages
 
 @pytest.mark.parametrize("family", ["dino", "deformable_detr"])
 @pytest.mark.parametrize("step", [STAGE1, STAGE2])
-@pytest.mark.parametrize(
-    "options", [{}, {"content": "cross", "mask_group_padding": True, "consistency_stages": (1, 2)}], ids=["official", "paper"]
-)
+@pytest.mark.parametrize("options", [{}, OTHERWISE], ids=["official", "otherwise"])
 def test_no_wait_but_for_one_read(family: str, step: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(family, dtype=torch.float32, **options).to(DEVICE)
     labeled, unlabeled = make_views(step)
