@@ -1,9 +1,10 @@
-"""Features under boxes from a feature pyramid, without a wait for the device."""
+"""Features under boxes from a feature pyramid, without a wait for a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
@@ -51,12 +52,35 @@ def pool_boxes(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, *, strides:
     if len(maps) != len(strides) or not maps:
         raise ValueError(f"maps must be as many as strides, {len(strides)}, got {len(maps)}")
     level = box_levels(boxes, len(maps))
+    pool = _pool_chosen if boxes.is_cpu else _pool_all
+    return pool([_wide(features) for features in maps], boxes, image, level, strides, size)
+
+
+def _pool_all(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Tensor, strides: Sequence[int], size: int) -> Tensor:
+    """Every level pools every box, so that nobody has to know how many belong to it."""
     total = torch.zeros((), device=boxes.device)
     for i, (features, stride) in enumerate(zip(maps, strides, strict=True)):
-        features = _wide(features)
         # Boxes of other levels become empty: no sample is taken for them and they give zeros.
         own = torch.where((level == i)[:, None], boxes, 0)
-        rois = torch.cat([image[:, None].to(features.dtype), own.to(features.dtype)], 1)
-        pooled = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
-        total = pooled.add_(total)
+        total = _align(features, own, image, stride, size).add_(total)
     return total
+
+
+def _pool_chosen(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Tensor, strides: Sequence[int], size: int) -> Tensor:
+    """Every level pools its own boxes; what is cheaper where their number can be had without waiting."""
+    levels = level.numpy()
+    rows = [torch.from_numpy(np.flatnonzero(levels == i)) for i in range(len(maps))]
+    parts = [
+        _align(features, boxes.index_select(0, own), image.index_select(0, own), stride, size)
+        for features, stride, own in zip(maps, strides, rows, strict=True)
+    ]
+    filled = [i for i, own in enumerate(rows) if own.numel()]
+    if len(filled) < 2:  # nothing to sort
+        return parts[filled[0] if filled else 0]
+    return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
+
+
+def _align(features: Tensor, boxes: Tensor, image: Tensor, stride: int, size: int) -> Tensor:
+    rois = torch.cat([image[:, None].to(features.dtype), boxes.to(features.dtype)], 1)
+    pooled: Tensor = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+    return pooled
