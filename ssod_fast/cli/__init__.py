@@ -22,6 +22,8 @@ COMMANDS = {
     "val": "val",
     "predict": "predict",
     "split": "split",
+    "noise": "noise",
+    "refine": "refine",
     "report": "report",
     "demo": "demo",
     "ops": "ops",
@@ -33,6 +35,8 @@ USAGE_TEXT = """usage: ssod-fast COMMAND [OPTIONS]
   val CHECKPOINT DATA         evaluate teacher and student
   predict CHECKPOINT IMAGES   boxes of a detector on images, as JSON
   split JSON                  draw labelled and unlabelled parts
+  noise DATA                  move the boxes of a set at random, for work on inaccurate labels
+  refine RUN DATA             correct inaccurate boxes with the refiner of a run of ssd_det
   report RUN [RUN...]         write one self-contained report.html
   demo                        baseline and MixPL on synthetic scenes, no data needed
   ops                         what each op runs on here
