@@ -19,6 +19,7 @@ from ssod_fast.data.geometry import map_boxes
 from ssod_fast.data.loader import EvalLoader
 from ssod_fast.data.records import DetectionData
 from ssod_fast.data.views import ViewConfig
+from ssod_fast.methods.ssd_det import Refiner, refine
 from ssod_fast.structures import Target
 
 from .build import build_method, build_student
@@ -81,8 +82,6 @@ def load_refiner(run: Path, device: torch.device) -> SavedRefiner:
     if not (run / "config.yaml").is_file() or not has_last(last_path(run)):
         raise FileNotFoundError(f"no refiner at {run}: expected the folder of a run with config.yaml and weights/last.pt")
     config = config_from_tree(read_tree(run / "config.yaml"))
-    from ssod_fast.methods.ssd_det import Refiner, refine
-
     config = dataclasses.replace(config, weights=None, backbone_weights=None, init_from=None)  # all of it is in the checkpoint
     state, _ = load_last(last_path(run))
     model = build_method(config, build_student(config, state["classes"], lambda _: None), rank=0)
