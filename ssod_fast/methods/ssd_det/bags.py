@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,8 +153,7 @@ def check_boxes(targets: Sequence[Target], num_classes: int) -> None:
         ValueError: a coordinate is not finite, a box ends before it begins, or a label is no class.
     """
     for i, target in enumerate(targets):
-        # NumPy, so that nobody takes a question about host data for a wait for the device.
-        boxes, labels = (target[name].detach().cpu().numpy() for name in ("boxes", "labels"))
+        boxes, labels = _on_host(target["boxes"]), _on_host(target["labels"])
         for wrong, expected in (
             (~np.isfinite(boxes).all(1), "finite"),
             ((boxes[:, 2:] < boxes[:, :2]).any(1), "xyxy with x1 <= x2 and y1 <= y2"),
@@ -165,3 +165,8 @@ def check_boxes(targets: Sequence[Target], num_classes: int) -> None:
                 f"targets[{i}]['labels'] must lie in 0..{num_classes - 1} (0-based, background has no label), "
                 f"got {labels.min()}..{labels.max()}"
             )
+
+
+def _on_host(values: Tensor) -> Any:
+    # NumPy, so that nobody takes a question about host data for a wait for the device.
+    return (values if values.device.type == "cpu" else values.cpu()).detach().numpy()
