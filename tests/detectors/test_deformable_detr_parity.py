@@ -80,6 +80,17 @@ def test_outputs_are_those_of_transformers(options: dict[str, Any], sizes: list[
 
 
 @torch.no_grad()
+def test_queries_from_the_border_of_the_image_start_where_those_of_transformers_do() -> None:
+    model = _theirs({**TWO_STAGE, "two_stage_num_proposals": 110})
+    batch, network = images(PADDED), _ours(model)
+    assert network.select(network.encode(network.extract(batch)))[0].reference.isinf().any()
+    expected = model(pixel_values=batch.tensor, pixel_mask=_mask(batch))
+    decoded, _ = network(batch)
+    # A start that is pulled in to 1 - 1e-5 moves the hidden states by 5e-5.
+    assert (decoded.hidden - expected.intermediate_hidden_states.transpose(0, 1)).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_encoder_proposals_are_those_of_transformers() -> None:
     model = _theirs(TWO_STAGE)
     batch = images()
@@ -148,6 +159,22 @@ def test_names_of_transformers_4_and_heads_that_are_there_once_load(options: dic
     expected, got = from_transformers(weights, network), from_transformers(old, network)
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@torch.no_grad()
+def test_one_class_head_of_transformers_gets_the_weights_of_the_last_layer() -> None:
+    model = _theirs(REFINE)
+    network = _ours(model)
+    for parameter in network.decoder.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    converted = to_transformers(network.state_dict(), network.config, "torchvision")
+    assert not torch.equal(converted["class_embed.0.weight"], converted["class_embed.1.weight"])
+    model.load_state_dict({n: v for n, v in converted.items() if "backbone" not in n}, strict=False)
+    batch = images()
+    expected, (decoded, _) = model(pixel_values=batch.tensor, pixel_mask=_mask(batch)), network(batch)
+    assert model.class_embed[0].weight is model.class_embed[1].weight
+    assert (decoded.logits[-1] - expected.logits).abs().max() < 1e-4
+    assert (decoded.boxes[-1] - expected.pred_boxes).abs().max() < 1e-4
 
 
 def test_what_does_not_convert_is_named() -> None:

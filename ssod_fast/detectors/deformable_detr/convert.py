@@ -60,6 +60,8 @@ _LAYER = re.compile(r"^layer(\d+)\.(\d+)\.(conv|bn|downsample\.)(\d+)\.")
 def config_from_transformers(config: Any) -> DETRConfig:
     """The options of a network that takes the weights of a model with this `DeformableDetrConfig`.
 
+    `dropout` counts for attention and hidden units as well, as in the published network; transformers has options of their own for these.
+
     Raises:
         ValueError: for options that this network does not have.
     """
@@ -118,6 +120,9 @@ def from_transformers(state_dict: Mapping[str, Tensor], config: DETRConfig) -> d
 
 def to_transformers(state_dict: Mapping[str, Tensor], config: DETRConfig, backbone: Naming = "transformers") -> dict[str, Tensor]:
     """Weights of a `DeformableDetrForObjectDetection`, all copies of heads included.
+
+    With refinement but without two stages, a model that transformers 5 makes from a config has one class head for all layers. Its
+    `load_state_dict` gives it the weights of the last layer, from which detections are read; `from_pretrained` keeps the heads apart.
 
     Args:
         state_dict: of a :class:`DeformableDETR` whose backbone is a :class:`DETRBackbone` of a ResNet.

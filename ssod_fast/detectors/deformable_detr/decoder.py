@@ -149,7 +149,7 @@ class Decoder(nn.Module):
             if keep_inputs:
                 inputs.append(given)
             if self.config.box_refine:
-                refined = clamp_logits(_moved(reference, change))
+                refined = _moved(reference, change)
                 reference = refined.detach()
                 base = refined if self.config.look_forward_twice else reference
         return Decoded(torch.stack(hidden), torch.stack(logits), torch.stack(boxes), tuple(inputs))
@@ -165,6 +165,7 @@ class Decoder(nn.Module):
 
 def _moved(reference: Tensor, change: Tensor) -> Tensor:
     """Logits of boxes [B, Q, 4] from those of a box or of a centre; the head alone decides about the size around a centre."""
+    reference = clamp_logits(reference)
     if reference.shape[-1] == 2:
         reference = F.pad(reference, (0, 2))
     return reference + change

@@ -33,7 +33,7 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
 
 
 def clamp_logits(x: Tensor) -> Tensor:
-    """The inverse sigmoid of the sigmoid of `x`: what a reference box becomes on its way from layer to layer."""
+    """The inverse sigmoid of the sigmoid of `x`: from where a layer moves a reference box."""
     return x.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .config import DETRConfig
 from .heads import BoxHead, class_head
-from .positions import box_embedding, clamp_logits, token_centres
+from .positions import box_embedding, token_centres
 from .stages import Memory, Proposals, Queries
 
 # A token of level l proposes a box of this size times 2**l, as in Deformable DETR.
@@ -41,10 +41,10 @@ class LearnedQueries(nn.Module):
         shape = memory.tokens.shape[0], -1, -1
         content = self.content.weight.expand(shape)
         if self.box_positions:
-            return Queries(content, clamp_logits(self.boxes.weight).expand(shape)), None
+            return Queries(content, self.boxes.weight.expand(shape)), None
         positions = self.positions.weight
         with torch.autocast(positions.device.type, enabled=False):
-            reference = clamp_logits(self.centre(positions))
+            reference = self.centre(positions)
         return Queries(content, reference.expand(shape), positions.expand(shape)), None
 
     def position(self, boxes: Tensor, dtype: torch.dtype) -> None:
@@ -104,12 +104,11 @@ class ProposalQueries(nn.Module):
 
     def _queries(self, coordinates: Tensor, dtype: torch.dtype) -> Queries:
         """Queries at logits [B, Q, 4]."""
-        reference = clamp_logits(coordinates)
         if self.config.selection == "mixed":
             number = coordinates.shape[1]
-            return Queries(self.content.weight[:number].expand(coordinates.shape[0], -1, -1), reference)
+            return Queries(self.content.weight[:number].expand(coordinates.shape[0], -1, -1), coordinates)
         position, content = self._from_box(coordinates.sigmoid(), dtype)
-        return Queries(content, reference, None if self.config.box_positions else position)
+        return Queries(content, coordinates, None if self.config.box_positions else position)
 
     def _from_box(self, boxes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Position and content of queries at boxes [B, Q, 4]."""

@@ -64,7 +64,8 @@ class Queries:
 
     Attributes:
         content: [B, Q, D].
-        reference: float32 [B, Q, 4] logits of boxes, or [B, Q, 2] of centres; without gradient unless the network learns them.
+        reference: float32 [B, Q, 4] logits of boxes, or [B, Q, 2] of centres, infinite for proposals from the border of the image; without
+            gradient unless the network learns them.
         position: [B, Q, D], embedding that is added in every layer; None where the decoder derives it from the current box.
     """
 
