@@ -44,6 +44,12 @@ class TestLosses:
                 assert parameter.grad is not None, key
                 assert parameter.grad.isfinite().all(), key
 
+    def test_all_gradients_without_losses_of_inner_layers(self, name: str) -> None:
+        detector = make(name)
+        detector.model.config.auxiliary_loss = False
+        total(detector(PAIR, TARGETS)).backward()
+        assert [key for key, parameter in detector.named_parameters() if parameter.requires_grad and parameter.grad is None] == []
+
     @pytest.mark.parametrize("training", [True, False])
     def test_sum_is_the_models_loss(self, name: str, training: bool) -> None:
         detector = make(name).train(training)
@@ -123,6 +129,13 @@ def fixed_output(detector: Any, boxes: Tensor, logits: Tensor) -> dict[str, Any]
 
     detector.model.forward = forward
     return given
+
+
+def test_two_stages_of_deformable_detr_have_all_gradients() -> None:
+    model = build("deformable_detr", with_box_refine=True, two_stage=True, two_stage_num_proposals=12)
+    detector = from_transformers(model).train()
+    total(detector(PAIR, TARGETS)).backward()
+    assert [key for key, parameter in detector.named_parameters() if parameter.requires_grad and parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from ..deformable_detr.criterion import normalised_targets
 from ..deformable_detr.predictions import best_pairs
 from ..protocol import ImageBatch, PixelStats, as_image_batch
 from ..targets import to_padded
-from .families import Family, needs_square, stride_of
+from .families import Family, needs_square, spare_parameters, stride_of
 
 WEIGHTS_KEY = "weights"
 
@@ -51,7 +51,6 @@ class TransformersDetector(nn.Module):
         self.stride = stride_of(model)
         self.supports_padded = family.padded
         self.build_options: dict[str, Any] = {}
-        self._spare = [name for name, _ in model.named_parameters() if name in family.spare]
 
     def forward(self, images: ImageBatch | list[Tensor], targets: PaddedTargets | list[Target]) -> dict[str, Tensor]:
         """The losses, so that DistributedDataParallel can wrap the detector."""
@@ -164,7 +163,7 @@ class TransformersDetector(nn.Module):
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """The loss, with gradients of 0 for parameters that it does not depend on."""
-        for name in self._spare:
+        for name in spare_parameters(self.model, self.family):
             loss = loss + 0 * self.model.get_parameter(name).sum()
         return loss
 

@@ -98,6 +98,14 @@ def family_of(model: nn.Module) -> Family:
     raise TypeError(f"model must be one of transformers' {known}, got {type(model).__name__}")
 
 
+def spare_parameters(model: Any, family: Family) -> list[str]:
+    """Names of the parameters that may take part in no loss; with losses that leave out whole heads, simply all."""
+    config = model.config
+    # The loss of transformers' Deformable DETR has no term for the proposals of its encoder.
+    partial = not config.auxiliary_loss or getattr(config, "two_stage", False)
+    return [name for name, _ in model.named_parameters() if partial or name in family.spare]
+
+
 def stride_of(model: Any) -> int:
     """The multiple that the sides of a batch must be of."""
     patches = getattr(model.config.backbone_config, "patch_size", None)
