@@ -244,6 +244,7 @@ def test_bad_input_is_named() -> None:
         ({"selection": "mixed", "box_refine": True}, 'box_positions must be True for selection "mixed"'),
         ({"norm_groups": 3}, "norm_groups must divide the width 256, got 3"),
         ({"norm_groups": 0}, "norm_groups must be at least 1, got 0"),
+        ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"width": 100}, "width must be a multiple of 4 and of twice the heads"),
     ],
 )

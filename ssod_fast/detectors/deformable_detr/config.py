@@ -70,6 +70,8 @@ class DETRConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not 0 <= value <= high:
                 raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
+        if self.temperature == 0:
+            raise ValueError("temperature must be above 0, got 0")
         if self.selection not in ("none", "two_stage", "mixed"):
             raise ValueError(f'selection must be "none", "two_stage" or "mixed", got {self.selection!r}')
         if self.width % (2 * self.heads) or self.width % 4:
