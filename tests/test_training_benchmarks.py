@@ -101,3 +101,43 @@ def test_a_step_with_other_gradients_is_no_measurement(semi_detr_profile: Module
     monkeypatch.setattr(semi_detr_profile, "measure", lambda *args: ({}, next(norms)))
     with pytest.raises(SystemExit, match=r"gradients differ by 0\.5 in their norm"):
         list(semi_detr_profile.profile(None, None, 1, 0))
+
+
+@pytest.fixture(scope="module")
+def ssd_det() -> Iterator[ModuleType]:
+    before = list(sys.path)
+    yield load("ssd_det")
+    sys.path[:] = before
+
+
+def test_recipes_for_inaccurate_boxes_are_runs_that_the_trainer_takes(ssd_det: ModuleType) -> None:
+    for name, recipe in ssd_det.RECIPES.items():
+        args = argparse.Namespace(set=name, iters=None, device="cpu", threads=1, workers=0, out=Path("runs"))
+        runs = [resolve(config_from_tree(ssd_det.config(run, 1, Path("d.json"), recipe, args))) for run in ssd_det.TITLES]
+        assert [run.method_name for run in runs] == ["supervised", "ssd_det", "supervised"]
+        for other in runs[1:]:
+            for setting in ("iters", "lr", "batch", "views", "optimizer", "schedule", "model", "model_options", "seed"):
+                assert getattr(other, setting) == getattr(runs[0], setting)
+
+
+def test_tables_of_inaccurate_boxes_follow_from_the_committed_rows(ssd_det: ModuleType) -> None:
+    results = ROOT / "benchmarks" / "results"
+    for file in results.glob("ssd_det_*_curves.csv"):
+        stem = file.stem.removesuffix("_curves")
+        rows, curves = (list(csv.DictReader((results / f"{name}.csv").open())) for name in (stem, file.stem))
+        assert ssd_det.table(rows, curves) + "\n" == (results / f"{stem}.md").read_text()
+
+
+def test_table_of_inaccurate_boxes_counts_margins_by_seed(ssd_det: ModuleType) -> None:
+    boxes = {f"{name} {key}": "0.5" for name in ("noisy", "refined") for key in ("mean_iou", "share_50", "share_75")}
+    rows = [
+        {"run": run, "seed": seed, "seconds": "10", **dict.fromkeys(ssd_det.METRICS, str(0.1 + 0.2 * better + 0.1 * seed)), **boxes}
+        for seed in range(2)
+        for better, run in enumerate((ssd_det.PLAIN, ssd_det.METHOD))
+    ]
+    rows[1]["refined mean_iou"], rows[3]["refined mean_iou"] = "0.6", "0.8"
+    curves = [{"seed": seed, "it": it, **dict.fromkeys(ssd_det.SHOWN, str(it / 10))} for seed in range(2) for it in range(10)]
+    text = ssd_det.table(rows, curves)
+    assert "SSD-Det, noisy boxes minus plain, noisy boxes: AP50 20.00 ± 0.00 points (+20.00, +20.00); AP 20.00" in text
+    assert "Margin of the refined boxes: 0.2000 ± 0.1414; by seed +0.1000, +0.3000." in text
+    assert "| refined_iou | 0.0000 ± 0.0000 | 0.9000 ± 0.0000 |" in text
