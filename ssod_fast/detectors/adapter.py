@@ -68,10 +68,7 @@ class TorchvisionDetector(nn.Module):
         Raises:
             ValueError: `topk` < 1, `score_thr` outside of 0..1, or bad images.
         """
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
-        if not 0 <= score_thr <= 1:
-            raise ValueError(f"score_thr must lie in 0..1, got {score_thr}")
+        check_prediction(score_thr, topk)
         with eval_mode(self), torch.no_grad():
             return self._predict(self._batch(images), score_thr, topk)
 
@@ -88,6 +85,18 @@ class TorchvisionDetector(nn.Module):
     def _feature_maps(self, batch: ImageBatch) -> OrderedDict[str, Tensor]:
         maps = self.model.backbone(batch.tensor)
         return OrderedDict([("0", maps)]) if isinstance(maps, Tensor) else maps
+
+
+def check_prediction(score_thr: float, topk: int) -> None:
+    """Checks what `predict` of a detector was asked for.
+
+    Raises:
+        ValueError: `topk` < 1, or `score_thr` outside of 0..1.
+    """
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1, got {topk}")
+    if not 0 <= score_thr <= 1:
+        raise ValueError(f"score_thr must lie in 0..1, got {score_thr}")
 
 
 @contextlib.contextmanager

@@ -87,6 +87,18 @@ def test_padding_is_never_looked_at() -> None:
     assert torch.equal(boxes[0], boxes[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_others_of_a_batch_do_not_matter(kind: str) -> None:
+    net = network(kind).eval()
+    batch = images([(50, 70), (64, 96), (9, 96), (1, 1)])
+    together = net(batch)[0]
+    for i, size in enumerate(batch.sizes):
+        alone = net(ImageBatch(batch.tensor[i : i + 1], [size]))[0]
+        torch.testing.assert_close(alone.boxes[:, 0], together.boxes[:, i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone.logits[:, 0], together.logits[:, i], rtol=1e-5, atol=1e-5)
+
+
 def test_extents_by_hand() -> None:
     extents = Extents.of([(64, 96), (50, 70)], (64, 96), [(8, 12), (4, 6), (2, 3), (1, 2)])
     assert extents.cells[1] == [(7, 9), (4, 5), (2, 3), (1, 2)]
@@ -231,6 +243,11 @@ def test_bad_input_is_named() -> None:
         network("dino").box_queries(torch.zeros(1, 2, WIDTH), torch.zeros(1, 3, 4))
     with pytest.raises(ValueError, match=r"label_queries needs a network with config\.denoising of at least 1"):
         network("two_stage").label_queries(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 4))
+    net = network("two_stage")
+    memory = net.encode(net.extract(images()))
+    bare = dataclasses.replace(net.select(memory)[0], position=None)
+    with pytest.raises(ValueError, match="queries must have positions for a network without box_positions, got None"):
+        net.decode(memory, bare)
     with pytest.raises(TypeError, match="attribute channels, Identity has None"):
         DeformableDETR(config("dino"), nn.Identity())
 
@@ -251,6 +268,11 @@ def test_bad_input_is_named() -> None:
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DETRConfig(**options)
+
+
+def test_switches_are_booleans() -> None:
+    with pytest.raises(TypeError, match="box_refine must be True or False, got 'no'"):
+        DETRConfig(box_refine="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["tiny", "mobilenet_v2"])

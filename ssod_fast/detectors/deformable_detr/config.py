@@ -72,6 +72,9 @@ class DETRConfig:
                 raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
         if self.temperature == 0:
             raise ValueError("temperature must be above 0, got 0")
+        for name in ("box_refine", "look_forward_twice", "box_positions", "own_heads"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.selection not in ("none", "two_stage", "mixed"):
             raise ValueError(f'selection must be "none", "two_stage" or "mixed", got {self.selection!r}')
         if self.width % (2 * self.heads) or self.width % 4:

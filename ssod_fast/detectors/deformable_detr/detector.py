@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssod_fast.structures import PaddedTargets, Target
 
-from ..adapter import eval_mode
+from ..adapter import check_prediction, eval_mode
 from ..protocol import IMAGENET, ImageBatch, LossProgram, PixelStats, as_image_batch
 from ..targets import to_padded
 from .config import DETRConfig
@@ -134,10 +134,7 @@ class DETRDetector(nn.Module):
         Raises:
             ValueError: `topk` < 1, `score_thr` outside of 0..1, or bad images.
         """
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
-        if not 0 <= score_thr <= 1:
-            raise ValueError(f"score_thr must lie in 0..1, got {score_thr}")
+        check_prediction(score_thr, topk)
         with eval_mode(self), torch.no_grad():
             memory = self.encode(self.batch(images))
             queries, _ = self.network.select(memory)

@@ -120,10 +120,12 @@ class DeformableDETR(nn.Module):
         """All decoder layers and heads; see :class:`DETRStages`.
 
         Raises:
-            ValueError: a mask or a context that does not fit.
+            ValueError: a mask or a context that does not fit, or queries without the positions that the network does not derive.
             TypeError: a mask that is not bool.
         """
         _check_blocked(blocked, queries.content)
+        if queries.position is None and not self.config.box_positions:
+            raise ValueError("queries must have positions for a network without box_positions, got None")
         if context and len(context) != self.config.decoder_layers:
             raise ValueError(f"context must hold one entry for each of the {self.config.decoder_layers} layers, got {len(context)}")
         return cast(Decoded, self.decoder(memory, queries, blocked, context, keep_inputs))

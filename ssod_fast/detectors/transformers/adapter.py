@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssod_fast.structures import PaddedTargets, Target, upload
 
-from ..adapter import eval_mode
+from ..adapter import check_prediction, eval_mode
 from ..deformable_detr.criterion import normalised_targets
 from ..deformable_detr.predictions import best_pairs
 from ..protocol import ImageBatch, PixelStats, as_image_batch
@@ -92,10 +92,7 @@ class TransformersDetector(nn.Module):
         Raises:
             ValueError: `topk` < 1, `score_thr` outside of 0..1, bad images, or images too small for the model's queries.
         """
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
-        if not 0 <= score_thr <= 1:
-            raise ValueError(f"score_thr must lie in 0..1, got {score_thr}")
+        check_prediction(score_thr, topk)
         batch = self.batch(images)
         with eval_mode(self), torch.no_grad():
             found = self._run(batch)
