@@ -10,6 +10,7 @@ template <typename Traits>
 struct RowGradients {
   using T = typename Traits::T;
   T* value;                           // [B, S, M, C], added to; or null: not wanted here
+  int64_t value_stride;               // from one image to the next
   T* reference;                       // [rows, M, reference_levels, reference_size], or null
   typename Traits::Floats positions;  // [rows, M, K, 2]
   typename Traits::Floats weights;    // [rows, M, K]
@@ -51,7 +52,7 @@ SSOD_HD LaneData<Traits> lane_data(const BackwardInput<Traits>& in, const Sample
   lane.value = in.value.data + place.image * in.value.image_stride + at;
   lane.value_bytes = in.value.row_bytes;
   lane.grad_bytes = static_cast<uint32_t>(heads * channels * sizeof(typename Traits::T));
-  lane.grad_value = in.grads.value ? in.grads.value + place.image * in.value.tokens * heads * channels + at : nullptr;
+  lane.grad_value = in.grads.value ? in.grads.value + place.image * in.grads.value_stride + at : nullptr;
   Traits::Memory::template load_if<Traits::kVector>(owns, in.grad_output + place.row * heads * channels + at,
                                                     lane.grad);
   return lane;

@@ -328,7 +328,7 @@ SSOD_HD void add_tile(Block& block, const TileInput<Traits>& in, const BlockRows
   const Tile tile = open_tile(block, in, rows, slab, levels, board);
   const int64_t width = int64_t{in.samples.heads} * in.channels,
                 channel = lane_channel(in, tile, block.rank() % Traits::kLanes);
-  const LaneTarget<T> target{in.grad_value + tile.image * in.tokens * width + channel,
+  const LaneTarget<T> target{in.grad_value + int64_t{tile.image} * in.tokens * width + channel,
                              static_cast<uint32_t>(width * sizeof(T))};
   for (int32_t l = 0; l < in.samples.levels; ++l) {
     for (int32_t first = 0; first < tile.rows * levels[l].points; first += Shape::kChunk) {

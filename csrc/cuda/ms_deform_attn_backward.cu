@@ -110,8 +110,8 @@ BackwardInput<Traits> make_input(const Arguments& a, const Gradients& g, void* g
           deform::make_token_rows<V>(a.value),
           static_cast<const V*>(g.grad_output.data_ptr()),
           data_or_null<const T>(g.lse),
-          {static_cast<T*>(grad_value), data_or_null<T>(g.reference_parts), any_floats(g.positions, 0),
-           any_floats(g.weights, 0)}};
+          {static_cast<T*>(grad_value), a.tokens() * a.heads() * a.channels(), data_or_null<T>(g.reference_parts),
+           any_floats(g.positions, 0), any_floats(g.weights, 0)}};
 }
 
 // Gradients of all samples; that of value is added to `grad_value`, or left out where that is null.
@@ -156,6 +156,9 @@ bool takes_tiles(const Arguments& a, const Gradients& g) {
 template <typename V>
 void launch_atomic(const Arguments& a, const Gradients& g, cudaStream_t stream) {
   constexpr bool kNarrow = sizeof(V) == 2;
+  const int64_t bytes = a.heads() * a.channels() * int64_t{sizeof(WideOf<V>)};
+  STD_TORCH_CHECK(bytes <= std::numeric_limits<uint32_t>::max(), "ms_deform_attn_backward: sums of a token take ",
+                  bytes, " bytes, at most 2^32 - 1 on CUDA");
   Tensor sums = kNarrow ? new_cuda_output(a.value, first_sizes(a.value, 4), ScalarType::Float) : g.value;
   if (sums.numel() > 0) {
     clear(sums, stream);
@@ -278,6 +281,8 @@ AllGradients ms_deform_attn_backward_by(Tensor grad_output, Tensor value, std::o
                                         Tensor positions, Tensor weights, deform::Sizes shapes_hw,
                                         deform::Sizes num_points, int64_t method, double offset_scale,
                                         std::optional<Tensor> lse, int64_t summation) {
+  STD_TORCH_CHECK(summation >= 0 && summation <= static_cast<int64_t>(Summation::ordered),
+                  "summation must be 0 to 3, got ", summation);
   const DeviceScope device(value);
   const Arguments a{value,   spatial_shapes, level_start_index, reference, positions,
                     weights, shapes_hw,      num_points,        method,    offset_scale};

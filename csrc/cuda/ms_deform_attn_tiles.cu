@@ -86,7 +86,8 @@ void with_tile_lanes(int64_t bytes, F&& f) {
 bool tiles_fit(const Arguments& a, const Tensor& grad_output) {
   const int64_t size = a.value.element_size();
   return a.queries() == a.tokens() && a.tokens() < Shape::kMaxTokens && a.samples() < kMaxSamples && size <= 4 &&
-         a.channels() * size % 16 == 0 && reinterpret_cast<uintptr_t>(grad_output.data_ptr()) % 16 == 0;
+         a.channels() > 0 && a.channels() * size % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(grad_output.data_ptr()) % 16 == 0;
 }
 
 bool tiles_pay(const Arguments& a) {

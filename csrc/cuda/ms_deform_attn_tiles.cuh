@@ -5,8 +5,8 @@
 
 namespace ssod::deform {
 
-// Whether tiles can be summed: a query per token, 16-byte rows of a type that is summed in float32, all of it at
-// addresses that suit them, and sizes that 32 bits hold.
+// Whether tiles can be summed: a query per token, 16-byte rows, at least one, of a type that is summed in float32, all
+// of it at addresses that suit them, and sizes that 32 bits hold.
 bool tiles_fit(const Arguments& a, const Tensor& grad_output);
 
 // Whether they should be: enough blocks to fill the device, else what they save is less than another launch costs.

@@ -67,6 +67,7 @@ py::tuple backward(const Arguments<typename Traits::T>& arguments, const Array<t
                                        grad.data(),
                                        lse.data(),
                                        {grad_value.mutable_data(),
+                                        arguments.size(1) * arguments.size(2) * arguments.size(3),
                                         references ? grad_reference.mutable_data() : nullptr,
                                         {grad_positions.mutable_data()},
                                         {grad_weights.mutable_data()}}};

@@ -50,6 +50,7 @@ py::tuple add_tiles(const Arguments<typename Traits::T>& arguments, const Array<
         } else {
           ssod::add_tile<false>(block, in, rows, slab, levels.data(), *board);
         }
+        block.sync();  // tiles without samples end without one, and the next one takes the same board
       }
     }
   });
@@ -64,5 +65,6 @@ PYBIND11_MODULE(ms_deform_attn_tiles, m) {
   m.def("f32_2x4_16", &add_tiles<HostTraits<float, 2, 4, false>, ssod::TileShape<4, 2, 16>>);
   m.def("f32_4x1_32", &add_tiles<HostTraits<float, 4, 1, false>, ssod::TileShape<4, 4, 32>>);
   m.def("f64_2x2_16", &add_tiles<HostTraits<double, 2, 2, false>, ssod::TileShape<8, 4, 16>>);
+  m.def("f32_8x4_128", &add_tiles<HostTraits<float, 8, 4, false>, ssod::TileShape<256, 32, 128>>);  // that of CUDA
   m.def("f64_1x8_128", &add_tiles<HostTraits<double, 1, 8, false>, ssod::TileShape<8, 2, 128>>);
 }

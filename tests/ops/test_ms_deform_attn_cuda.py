@@ -206,6 +206,36 @@ def test_rows_that_tiles_do_not_take(channels: int) -> None:
     check_plain(case)
 
 
+def test_encoder_without_channels() -> None:
+    """As many blocks as would fill the device, of nothing."""
+    check_plain(random_case(8, sum(h * w for h, w in STRIPS), 8, 0, STRIPS, 1, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_incoming_gradient_that_is_not_aligned(dtype: torch.dtype) -> None:
+    case = random_case(8, sum(h * w for h, w in STRIPS), 8, 32, STRIPS, 1, dtype=dtype, device="cuda")
+    grad, inputs = gradient_of(case), (case.value, None, None, case.locations, case.weights, hw_of(case), None, 0, False)
+    check(OPS.ms_deform_attn_backward(unaligned(grad), *inputs), plain._reference_backward(grad, *inputs))
+
+
+@pytest.mark.parametrize("summation", [ATOMICS, TILES])
+def test_more_elements_than_32_bits_count(summation: int) -> None:
+    """Every query looks at its own pixel, so that the gradient of value is the one that comes in."""
+    images, side, heads, channels = 2, 1025, 4, 256
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB of memory that is free")
+    centres = (torch.arange(side, device="cuda") + 0.5) / side
+    pixels = torch.cartesian_prod(centres, centres).flip(1)[None, :, None, None]  # [1, S, 1, 1, 2]
+    locations = pixels.expand(images, -1, heads, -1, -1).contiguous()
+    value = torch.zeros(images, side * side, heads, channels, dtype=torch.bfloat16, device="cuda")
+    assert value.numel() > 2**31
+    grad = torch.randn_like(value).flatten(2)
+    inputs = (None, None, None, locations, torch.ones_like(locations[..., 0]), [side, side], None, 0, 0.0, None, summation)
+    found = OPS._ms_deform_attn_backward_by(grad, value, *inputs)[0].flatten(2)
+    for ours, theirs in zip(found, grad, strict=True):
+        assert (ours - theirs).abs().max() < 0.05
+
+
 def test_tiles_need_a_query_per_token() -> None:
     with pytest.raises(RuntimeError, match="no tiles of these arguments"):
         gradients_by(random_case(1, 52, 2, 32, device="cuda"), TILES)
@@ -314,7 +344,8 @@ def test_graph_with_changed_inputs(dtype: torch.dtype, deterministic: bool) -> N
 
     def step() -> tuple[Tensor, ...]:
         out, lse = OPS.ms_deform_attn_fused(*inputs)
-        return out, lse, *OPS.ms_deform_attn_fused_backward(grad, *inputs, lse, True, deterministic)
+        by_tiles = OPS._ms_deform_attn_backward_by(grad, *inputs[:-1], 0, inputs[-1], lse, TILES)
+        return out, lse, *OPS.ms_deform_attn_fused_backward(grad, *inputs, lse, True, deterministic), *by_tiles
 
     graph, results = captured(step)
     case.value.copy_(torch.randn_like(case.value))
@@ -340,6 +371,21 @@ def test_side_stream() -> None:
     assert torch.equal(out, expected)
 
 
+def test_tiles_on_a_side_stream() -> None:
+    case = random_case(2, 51, 2, 32, device="cuda")
+    late, grad = torch.zeros_like(gradient_of(case)), gradient_of(case)
+    inputs = (case.value, None, None, None, case.locations, case.weights, hw_of(case), None, 0, 0.0, None, TILES)
+    expected = OPS._ms_deform_attn_backward_by(grad, *inputs)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(grad)
+        found = OPS._ms_deform_attn_backward_by(late, *inputs)
+    stream.synchronize()
+    check(found, expected)
+
+
 def test_second_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -347,3 +393,4 @@ def test_second_device() -> None:
     assert torch.cuda.current_device() == 0
     check_plain(case)
     check_fused(case, *fused_inputs(case))
+    check(*gradients_by(random_case(2, 51, 2, 32, device="cuda:1"), TILES))

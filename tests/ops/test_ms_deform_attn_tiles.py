@@ -51,6 +51,15 @@ def test_tiles_equal_the_reference(tiles: ModuleType, name: str, channels: int, 
     check([actual], expected_plain(case, grad, method)[1:2])
 
 
+@pytest.mark.parametrize("channels", [32, 36])
+def test_blocks_as_cuda_has_them(tiles: ModuleType, channels: int) -> None:
+    """256 threads: a full tile of 128 queries and a rest of 7, more samples than are sorted at a time, and a slab of one lane."""
+    case = encoder_case(((9, 10), (5, 9)), channels, "f32_8x4_128", 5, batch=1, heads=1)
+    grad = gradient_of(case)
+    actual, _ = run(tiles, "f32_8x4_128", case, (case.locations, case.weights), grad)
+    check([actual], expected_plain(case, grad)[1:2])
+
+
 @pytest.mark.parametrize("points", [(1, 3, 0), (0, 0, 0), (5, 11, 2)], ids=str)
 @pytest.mark.parametrize(("name", "channels"), SHAPES)
 def test_any_number_of_points(tiles: ModuleType, name: str, channels: int, points: Any) -> None:
