@@ -213,6 +213,8 @@ def test_suppression_is_by_class_and_stays_in_the_options() -> None:
     for bad in (0, 1.5):
         with pytest.raises(ValueError, match=rf"nms_thr must lie in \(0, 1\] or be None, got {bad}"):
             detector.set_nms(bad)
+    with pytest.raises(TypeError, match=r"nms_thr must be a number or None, got '0\.6'"):
+        detector.set_nms("0.6")
 
 
 def test_prediction_restores_modes_and_keeps_no_graph() -> None:
@@ -250,6 +252,9 @@ def test_a_network_without_stages_is_refused() -> None:
         ("dino_tiny", {"querys": 5}, r"own:dino_tiny has no option 'querys' \(did you mean queries\?\); known: alpha, "),
         ("dino_tiny", {"queries": 0}, "queries must be at least 1, got 0"),
         ("dino_tiny", {"cls_weight": -1}, "cls_weight must be a finite number >= 0, got -1"),
+        ("dino_tiny", {"tiny_norm": "layer"}, r'tiny_norm must be "group" or "batch", got .layer.'),
+        ("dino_tiny", {"box_noise": float("inf")}, "box_noise must be finite and not negative, got inf"),
+        ("dino_tiny", {"label_noise": 1.5}, r"label_noise must lie in \[0, 1\], got 1.5"),
         ("dino_tiny", {"trainable_layers": 6}, r"trainable_layers must lie in 0..5, got 6"),
     ],
 )

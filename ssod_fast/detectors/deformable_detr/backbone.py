@@ -27,7 +27,7 @@ class DETRBackbone(nn.Module):
         channels: of the three maps.
 
     Raises:
-        ValueError: unknown name, a network that lacks one of the strides, or weights that do not fit.
+        ValueError: unknown name or option, a network that lacks one of the strides, or weights that do not fit.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class DETRBackbone(nn.Module):
         super().__init__()
         if not 0 <= trainable_layers <= 5:
             raise ValueError(f"trainable_layers must lie in 0..5, got {trainable_layers}")
+        if tiny_norm not in ("group", "batch"):
+            raise ValueError(f'tiny_norm must be "group" or "batch", got {tiny_norm!r}')
         body, stages = build_body(
             name, weights, frozen_bn=frozen_bn, trainable_layers=trainable_layers, same_padding=same_padding, tiny_norm=tiny_norm
         )

@@ -64,12 +64,8 @@ class DETRConfig:
         for name in ("num_classes", "queries", "width", "heads", "encoder_layers", "decoder_layers", "ffn", "levels", "points"):
             _check_int(self, name, 1)
         _check_int(self, "denoising", 0)
-        for name, high in (("dropout", 1.0), ("label_noise", 1.0), ("box_noise", float("inf")), ("temperature", float("inf"))):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 <= value <= high:
-                raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
+        for name in ("dropout", "label_noise", "box_noise", "temperature"):
+            _check_number(self, name, 1.0 if name in ("dropout", "label_noise") else None)
         if self.temperature == 0:
             raise ValueError("temperature must be above 0, got 0")
         for name in ("box_refine", "look_forward_twice", "box_positions", "own_heads"):
@@ -90,6 +86,14 @@ class DETRConfig:
             _check_int(self, "norm_groups", 1)
             if self.width % self.norm_groups:
                 raise ValueError(f"norm_groups must divide the width {self.width}, got {self.norm_groups}")
+
+
+def _check_number(config: DETRConfig, name: str, most: float | None) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (0 <= value < float("inf") if most is None else 0 <= value <= most):
+        raise ValueError(f"{name} must {'be finite and not negative' if most is None else f'lie in [0, {most:g}]'}, got {value}")
 
 
 def _check_int(config: DETRConfig, name: str, least: int) -> None:

@@ -79,7 +79,10 @@ class DETRDetector(nn.Module):
 
         Raises:
             ValueError: not in (0, 1].
+            TypeError: no number.
         """
+        if thr is not None and (not isinstance(thr, int | float) or isinstance(thr, bool)):
+            raise TypeError(f"nms_thr must be a number or None, got {thr!r}")
         if thr is not None and not 0 < thr <= 1:
             raise ValueError(f"nms_thr must lie in (0, 1] or be None, got {thr!r}")
         self.nms_thr = thr
