@@ -93,3 +93,11 @@ def _mean_counts(monkeypatch: pytest.MonkeyPatch) -> _Counts:
 def test_a_rank_without_unlabelled_images_is_refused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "unlabeled must not be empty on any rank of a distributed run" in rank["message"]
+
+
+def test_a_rank_without_labelled_images_keeps_step_with_the_others(ranks: list[dict[str, Any]]) -> None:
+    trained = len(ranks[0]["seen"][0]["student"])
+    for first, second in zip(ranks[0]["alone"], ranks[1]["alone"], strict=True):
+        assert len(first) == len(second) == trained
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
+        assert sum(float(a.abs().sum()) for a in first) > 0

@@ -49,9 +49,10 @@ class TestLosses:
         out.loss.backward()
         assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
-    def test_all_parameters_of_the_student_learn_from_labelled_images(self) -> None:
+    @pytest.mark.parametrize("options", [{}, {"denoising": 0}], ids=str)
+    def test_all_parameters_of_the_student_learn_from_labelled_images(self, options: dict[str, Any]) -> None:
         """DDP reduces gradients after the last branch, which therefore has to touch them all."""
-        model = float_model()
+        model = float_model(**options)
         model.method.supervised(_book := _Book(), model, model.method.losses(0, 0), make_views(0)[0], None)  # type: ignore[attr-defined]
         _book.loss.backward()
         assert [name for name, p in model.student.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -248,11 +249,19 @@ class TestEdgeCases:
         assert torch.isfinite(out.loss)
 
     @pytest.mark.parametrize("step", [STAGE1, STAGE2])
-    def test_a_student_that_is_not_finite_is_named(self, step: int) -> None:
+    @pytest.mark.parametrize(
+        ("head", "named"),
+        [
+            ("decoder.heads.classes.1", "^logits of the student's decoder"),
+            ("queries.classes", "^logits of the student's encoder"),
+            ("queries.boxes.layers.2", "boxes of the student's decoder and boxes of the student's encoder"),
+        ],
+    )
+    def test_a_student_that_is_not_finite_is_named(self, head: str, named: str, step: int) -> None:
         model = float_model()
         with torch.no_grad():
-            model.student.network.decoder.heads.classes[1].bias[0] = float("nan")
-        with pytest.raises(FloatingPointError, match="logits of the student's decoder on unlabelled images must be finite"):
+            model.student.network.get_submodule(head).bias[0] = float("nan")
+        with pytest.raises(FloatingPointError, match=f"{named} on unlabelled images must be finite, got NaN or infinity"):
             model.training_step(*make_views(step), step)
 
     @pytest.mark.parametrize("unlabeled", [None, "empty"])

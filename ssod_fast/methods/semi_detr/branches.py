@@ -54,10 +54,14 @@ class DetectionLosses:
             terms |= self.matching.losses(seen.proposals.logits, seen.proposals.boxes, wanted, self.stage, prefix="enc_")
         return terms
 
+    def denoises(self, detector: DETRDetector) -> bool:
+        """Whether there are denoising queries: the method has to want them, and the detector to know them."""
+        return self.config.denoising > 0 and detector.config.denoising > 0
+
     def denoise(self, detector: DETRDetector, targets: PaddedTargets, purpose: Purpose) -> Denoising | None:
-        """Noisy copies of normalised targets; None where the detector has no such queries."""
+        """Noisy copies of normalised targets; None where there are no such queries."""
         config = self.config
-        if not (config.denoising and detector.config.denoising):
+        if not self.denoises(detector):
             return None
         return make_denoising(
             targets,
@@ -94,14 +98,35 @@ class SupervisedBranch:
 
     def __call__(self, detector: DETRDetector, images: ImageBatch) -> dict[str, Tensor]:
         """The student's losses."""
-        seen = look(detector.network, images, keep_inputs=detector.config.denoising > 0)
+        seen = look(detector.network, images, keep_inputs=self.losses.denoises(detector))
         targets = normalised_targets(self.targets, seen.memory.image_hw, detector.num_classes)
         terms = self.losses.matched(seen, targets)
         denoising = self.losses.denoise(detector, targets, "labeled")
         if denoising is not None:
             (found,) = decode_groups(detector.network, seen, [denoising_queries(detector, denoising)])
             terms |= self.losses.denoised(found, denoising)
+        elif detector.config.denoising:
+            # DDP waits for a gradient of every parameter, that of an embedding too which nobody uses.
+            terms["loss_cls"] = terms["loss_cls"] + 0 * detector.network.label_embedding.weight.sum()
         return terms
+
+
+@dataclass(frozen=True)
+class AbsentBranch:
+    """Stands in for labelled images where a process has none: 0, with a gradient of 0 for every parameter.
+
+    It runs the branch of other processes on an image without boxes. Those divide by means over all processes, and so wait for this one.
+
+    Attributes:
+        losses: of the stage.
+    """
+
+    losses: DetectionLosses
+
+    def __call__(self, detector: DETRDetector, images: ImageBatch) -> dict[str, Tensor]:
+        """The loss of 0."""
+        branch = SupervisedBranch(self.losses, PaddedTargets.empty(len(images), device=images.tensor.device))
+        return {"loss_none": torch.stack(list(branch(detector, images).values())).sum() * 0}
 
 
 @dataclass
@@ -131,7 +156,8 @@ class UnsupervisedBranch:
     def __call__(self, detector: DETRDetector, images: ImageBatch) -> dict[str, Tensor]:
         """The student's losses."""
         config, strong = self.losses.config, self.watched.strong
-        seen = look(detector.network, images, keep_inputs=self.miner is not None or self.denoising)
+        denoises = self.denoising and self.losses.denoises(detector)
+        seen = look(detector.network, images, keep_inputs=self.miner is not None or denoises)
         wanted = normalised(strong, seen.memory.image_hw)
         sure = certain(strong, config.cls_pseudo_thr, drop_degenerate=config.drop_degenerate)  # S_cls
         paired = self._mine(seen, wanted)  # S_con
@@ -139,7 +165,7 @@ class UnsupervisedBranch:
         self.targets = _first(strong.select(sure), longest)
         targets = _first(wanted.select(sure), longest)
         terms = self.losses.matched(seen, targets)
-        denoising = self.losses.denoise(detector, targets, "pseudo") if self.denoising else None
+        denoising = self.losses.denoise(detector, targets, "pseudo") if denoises else None
         pairs = None if paired is None else self._pair(detector, seen, paired, counts)
         parts = [] if pairs is None else [pairs.student]
         parts += [] if denoising is None else [denoising_queries(detector, denoising)]
@@ -159,17 +185,17 @@ class UnsupervisedBranch:
 
     def _read(self, seen: Look, sure: Tensor, paired: Tensor | None) -> tuple[int, list[int]]:
         """The one wait for the device in a step: how many rows the targets need, and how many queries each image gets."""
-        named = {"logits": seen.found.logits, "boxes": seen.found.boxes}
+        named = {f"{name} of the student's decoder": getattr(seen.found, name) for name in ("logits", "boxes")}
+        if seen.proposals is not None:
+            named |= {f"{name} of the student's encoder": getattr(seen.proposals, name) for name in ("logits", "boxes")}
         finite = torch.stack([value.detach().isfinite().all() for value in named.values()])
         chosen = sure.new_zeros(sure.shape) if paired is None else paired
         numbers: list[int] = torch.cat([finite.long(), sure.sum(1), chosen.sum(1)]).tolist()
         broken = [name for name, good in zip(named, numbers, strict=False) if not good]
         if broken:
-            raise FloatingPointError(
-                f"{' and '.join(broken)} of the student's decoder on unlabelled images must be finite, got NaN or infinity"
-            )
-        batch = sure.shape[0]
-        return max(numbers[2 : 2 + batch]), numbers[2 + batch :]
+            raise FloatingPointError(f"{' and '.join(broken)} on unlabelled images must be finite, got NaN or infinity")
+        sures, pairs = numbers[len(named) :][: len(sure)], numbers[len(named) + len(sure) :]
+        return max(sures), pairs
 
     def _pair(self, detector: DETRDetector, seen: Look, paired: Tensor, counts: list[int]) -> QueryPair:
         """The same queries for both networks: content from features of pseudo boxes, each at the box's place in its own view."""

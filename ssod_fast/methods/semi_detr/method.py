@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssod_fast.detectors.deformable_detr.config import DETRConfig
 from ssod_fast.detectors.deformable_detr.detector import DETRDetector
-from ssod_fast.detectors.protocol import ImageBatch, require
+from ssod_fast.detectors.protocol import require
 from ssod_fast.methods.inputs import detector_batch
 from ssod_fast.methods.step import BackwardDriver, LossBook, Preview, PseudoLabelStats, StepOutput
 from ssod_fast.structures import PaddedTargets, Target
 
-from .branches import DetectionLosses, SupervisedBranch, UnsupervisedBranch
+from .branches import AbsentBranch, DetectionLosses, SupervisedBranch, UnsupervisedBranch
 from .config import SemiDETRConfig
 from .consistency import CrossViewQueryConsistency
 from .draws import Draws
@@ -108,7 +108,8 @@ class SemiDETR:
     ) -> StepOutput:
         """One iteration: the teacher, the unlabelled loss, then the labelled one, after whose backward DDP reduces all gradients.
 
-        Either batch may be empty, the unlabelled one None; without unlabelled images a distributed run is refused.
+        Either batch may be empty, the unlabelled one None; without unlabelled images a distributed run is refused. Its processes must have
+        equally many images, labelled and unlabelled ones together: that bounds the costs that they exchange.
 
         Raises:
             ValueError: both are empty, or a label is no class (on a GPU, this is looked at in the first step only).
@@ -182,7 +183,7 @@ class SemiDETR:
             branch: Any = SupervisedBranch(losses, PaddedTargets.from_list(labeled.targets))
         else:
             assert unlabeled is not None
-            images, branch = detector_batch(model.student, unlabeled.strong[:1]), _nothing
+            images, branch = detector_batch(model.student, unlabeled.strong[:1]), AbsentBranch(losses)
         book.run("sup", lambda: model.run_student(images, branch), weight=self.config.sup_weight, last=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,7 +200,7 @@ class SemiDETR:
             first = max(3 - config.levels, 0)
             strides = [FINEST_STRIDE << (first + level) for level in range(config.levels)]
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.config.seed)
+                torch.default_generator.manual_seed(self.config.seed)  # and not those of GPUs, as torch.manual_seed does
                 self.trainable = CrossViewQueryConsistency(config.width, strides=strides, reduction=self.config.consistency_reduction)
             self._served = served
         elif self._served != served:
@@ -225,11 +226,6 @@ class SemiDETR:
             raise ValueError("unlabeled must not be empty on any rank of a distributed run: the others would wait for its costs and counts")
         if self._last < 0 or all(target["labels"].device.type == "cpu" for target in labeled.targets):
             _check_labels(labeled.targets, model.student.num_classes)
-
-
-def _nothing(detector: nn.Module, images: ImageBatch) -> dict[str, Tensor]:
-    """A loss of 0 that every trained parameter takes part in, so that ranks agree on which gradients to reduce."""
-    return {"loss_none": sum(p.sum() * 0 for p in detector.parameters() if p.requires_grad)}  # type: ignore[dict-item]
 
 
 def _check_labels(targets: Sequence[Target], num_classes: int) -> None:
