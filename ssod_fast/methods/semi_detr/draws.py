@@ -23,7 +23,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, rank: int, step: int, micro: int = 0) -> None:
-        self.key = (seed, rank, step, micro)
+        self.key = tuple(int(number) for number in (seed, rank, step, micro))  # numbers of NumPy are written otherwise
 
     def generator(self, purpose: Purpose, device: torch.device) -> torch.Generator:
         """A fresh generator on `device`, always the same for the same purpose."""
