@@ -67,7 +67,7 @@ def _role_curves(runs: Sequence[Run], metric: str) -> list[Curve]:
 
 def _dash(run: Run, role: str) -> str:
     """A run without a teacher has one model only, drawn solid."""
-    return ROLE_DASH["teacher"] if role == run.main_model else ROLE_DASH[role]
+    return ROLE_DASH[role if run.has_teacher else "teacher"]
 
 
 def accuracy(runs: Sequence[Run]) -> list[Panel | None]:

@@ -15,6 +15,8 @@ Series = tuple[list[int], list[float]]  # iterations, values (NaN where a value 
 BASELINE_METHOD = "supervised"
 # Methods that look at labelled images alone.
 WITHOUT_PSEUDO_LABELS = (BASELINE_METHOD, "ssd_det")
+# Methods whose published numbers are those of the student; the teacher is shown beside it.
+REPORTS_STUDENT = ("semi_detr",)
 # Files of a run folder without which the page says what it cannot show.
 METRICS_FILE = "metrics.jsonl"
 
@@ -87,9 +89,14 @@ class Run:
         return any(line.get("source") == "hidden" for line in self.quality)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher was evaluated."""
+        return any(line.get("teacher") for line in self.evals)
+
+    @property
     def main_model(self) -> str:
-        """The reported model: the teacher where there is one."""
-        return "teacher" if any(line.get("teacher") for line in self.evals) else "student"
+        """The reported model: the teacher where there is one and the method's publication does not report the student."""
+        return "teacher" if self.has_teacher and self.method not in REPORTS_STUDENT else "student"
 
 
 def flatten(tree: Any, prefix: str = "") -> Json:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from ssod_fast.report.charts import _dash
 from ssod_fast.report.runs import flatten, get, has_values, last_value, number, read_run, read_runs, series
 
 
@@ -83,3 +84,13 @@ def test_bad_folders(tmp_path):
         read_run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"run folder with metrics.jsonl, got"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "teacher", "expected"), [("mixpl", 1, "teacher"), ("mixpl", 0, "student"), ("semi_detr", 1, "student")])
+def test_reported_model(tmp_path, method, teacher, expected):
+    line = {"type": "eval", "it": 5, "teacher": {"AP": 0.1} if teacher else None, "student": {"AP": 0.2}}
+    run = read_run(_write(tmp_path / "run", {"type": "run", "method": method}, line))
+    assert (run.main_model, run.has_teacher) == (expected, bool(teacher))
+    dashes = {role: _dash(run, role) for role in ("teacher", "student")}
+    assert dashes["student"] == ("--" if teacher else "-")
+    assert dashes["teacher"] == "-"
