@@ -25,7 +25,7 @@ MAX_IMAGES_OVERLAID = 4  # the same where several runs are shown
 MAX_MIXED = 4  # mixed inputs of one evaluation
 MAX_SIDE = 480  # pixels of an embedded JPEG
 MAX_BYTES = 90_000  # of an embedded JPEG; larger files are encoded anew
-KIND_NAMES = {"labeled": "labelled"}  # the log is American
+KIND_NAMES = {"labeled": "labelled", "refined": "labelled, refined boxes"}  # the log is American; these boxes have no score
 DEFAULT_THRESHOLD = 0.5  # split between strong and weak boxes where the run logged no threshold
 
 
@@ -186,7 +186,7 @@ def _mixed_cell(run: Run, folder: Path, it: int, entry: Json) -> str:
     if image is None:
         return ""
     kind = KIND_NAMES.get(str(entry.get("kind")), str(entry.get("kind")))
-    found = drawing.rows(entry if entry.get("kind") != "labeled" else {**entry, "scores": None})  # true boxes have no score
+    found = drawing.rows({**entry, "scores": None} if entry.get("kind") in KIND_NAMES else entry)
     frame = Frame(image.width, image.height)
     body = f'<g class="teacher">{drawing.named_boxes(found, run.classes, frame)}</g>'
     words = f"{kind}, iteration {it}, {len(found)} box{'es' if len(found) != 1 else ''}"

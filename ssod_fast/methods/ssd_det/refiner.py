@@ -81,7 +81,7 @@ class Refiner(nn.Module):
     the merged boxes (SPSD-II), scored again beside random negatives, and merged by score and predicted overlap (stage II, SISD). Nothing
     waits for the device.
 
-    Layers have the names of the released code, so that its weights load; those of it that never get a gradient do not exist.
+    Layers have the names of the released code, without those that never get a gradient there.
 
     Args:
         config: options.
@@ -250,6 +250,8 @@ class Refiner(nn.Module):
 
     def _look(self, levels: Levels, boxes: Tensor, image: Tensor, overlaps: bool) -> tuple[Tensor, Tensor | None]:
         pooled = pool_boxes(levels.maps, boxes, image, strides=levels.strides, size=SIZE).flatten(1)
+        if torch.is_autocast_enabled(pooled.device.type):  # else every layer that reads it would convert and keep its own copy
+            pooled = pooled.to(torch.get_autocast_dtype(pooled.device.type))
         return _run(self.shared_fcs, pooled), _run(self.objness_2fcs, pooled) if overlaps else None
 
     # Weights
