@@ -215,6 +215,18 @@ def test_a_run_without_a_refiner_is_refused(noisy: Path, tmp_path: Path, capsys:
     assert "which has no refiner: train one with --method ssd_det" in capsys.readouterr().err
 
 
+def test_noisy_labels_and_unlabelled_images_in_one_command(
+    scenes: Path, noisy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refiner = ["--method.refiner.hidden", "16", "--method.refiner.ratios", "1", "0.8", "--method.refiner.negatives", "8"]
+    words = ["train", str(noisy), str(scenes / "images"), "--method", "mixpl_ssd_det", *refiner, *MODEL, *VIEWS, *RUN, "--batch", "2:1"]
+    assert cli.main([*words, "--out", str(tmp_path), "--name", "both", "--no-report", "--quiet"]) == 0
+    train = [line for line in read_lines(tmp_path / "both" / "metrics.jsonl") if line["type"] == "train"]
+    assert {"noisy_iou", "refined_iou"} <= set(train[-1]["diagnostics"])
+    assert cli.main(["refine", str(tmp_path / "both"), str(noisy), "--out", str(tmp_path), "--pictures", "0", "--json"]) == 0
+    assert result_of(capsys)["after"]["mean_iou"] > 0.2
+
+
 def test_loaded_refiner_is_that_of_the_checkpoint(trained: Path) -> None:
     refiner = load_refiner(trained, torch.device("cpu"))
     assert refiner.views.test_short_side == 64

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import coco_dict, write_coco, write_voc, write_yolo
 
-from ssod_fast.data import LabeledBatch, ViewConfig, labeled_view, read_coco
-from ssod_fast.data.box_accuracy import box_accuracy
-from ssod_fast.data.noise import CROWD, IGNORED, MALFORMED, OUTSIDE, TINY, VANISHED, NoiseConfig, add_noise, jitter_boxes, write_noise
+from ssod_fast.data import LabeledBatch, NoiseConfig, ViewConfig, add_noise, box_accuracy, labeled_view, read_coco, write_noise
+from ssod_fast.data.noise import CROWD, IGNORED, MALFORMED, OUTSIDE, TINY, VANISHED, jitter_boxes
 
 GOLDEN = [(100, 60, 180, 160), (0, 0, 80, 100), (470, 350, 499, 399)]  # in an image of 500 x 400, seed 45, level .4
 MOVED = [(138.2904, 80.8720, 204.3031, 147.0552), (10.8933, 11.2917, 61.9988, 84.3576), (456.9583, 352.0517, 494.2218, 399.0)]
