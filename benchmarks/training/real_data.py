@@ -76,20 +76,30 @@ SMALL: dict[str, Any] = {
     "model_options": ["fpn_channels=96", "head_convs=2", "levels=[3,5]"],
     "views": SMALL_VIEWS,
 }
-# DINO with three layers on either side and a tenth of its queries.
+# A DINO that takes a sixth of a second per labelled batch: fewer layers, a ninth of the queries, no coarse level.
 SMALL_DETR: dict[str, Any] = {
     "model": "own:dino_mobilenet_v2",
-    "model_options": ["width=128", "encoder_layers=3", "decoder_layers=3", "queries=100", "levels=3", "ffn=512", "denoising=50"],
+    "model_options": ["width=128", "encoder_layers=2", "decoder_layers=3", "queries=100", "levels=3", "ffn=256", "denoising=25"],
     "lr": 4e-4,
-    "schedule": {"warmup": 50, "milestones": [0.8]},
+    "schedule": {"warmup": 50, "milestones": [0.85]},
     "iters": 1000,
-    "views": SMALL_VIEWS,
+    "views": {"short_side": [128, 192], "max_side": 272, "test_short_side": 160},
+}
+# Scores of so short a training are low, and one-to-one matching takes long to learn after one-to-many: half the published threshold, and a
+# shorter first stage. Half the published weight, as for a batch of as many labelled as unlabelled images.
+SHORT_SEMI_DETR: dict[str, Any] = {
+    "name": "semi_detr",
+    "burn_in": 200,
+    "switch_at": 400,
+    "cls_pseudo_thr": 0.25,
+    "unsup_weight": 2.0,
+    "denoising": 25,
 }
 RECIPES = {
     "bccd": Recipe("bccd", (2, 2), SMALL, {"name": "mixpl", "burn_in": 125}, "bccd"),
     # The unlabelled losses start when the labelled ones have had time to teach the smallest class too. Same baseline runs.
     "bccd_late": Recipe("bccd", (2, 2), SMALL, {"name": "mixpl", "burn_in": 300}, "bccd"),
-    "bccd_detr": Recipe("bccd", (2, 2), SMALL_DETR, {"name": "semi_detr"}, "bccd_detr"),
+    "bccd_detr": Recipe("bccd", (2, 2), SMALL_DETR, SHORT_SEMI_DETR, "bccd_detr"),
     "aquarium": Recipe(
         "aquarium",
         (4, 4),

@@ -144,7 +144,7 @@ def make_model(args: argparse.Namespace) -> SemiSupervisedDetector:
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "classes" in name and name.endswith("weight"):
-                parameter.normal_(std=args.width**-0.5)
+                parameter.normal_(std=args.spread * args.width**-0.5)  # of normed states
             elif "classes" in name:
                 parameter.fill_(args.bias)
     model = SemiSupervisedDetector(student, SemiDETR(SemiDETRConfig(switch_at=SWITCH)))
@@ -242,13 +242,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--classes", type=int, default=20)
-    parser.add_argument("--bias", type=float, default=-3.1, help="of the classes: how rare high scores are")
+    parser.add_argument("--bias", type=float, default=-4.8, help="mean of the logits: how rare high scores are")
+    parser.add_argument("--spread", type=float, default=3.0, help="deviation of the logits")
     parser.add_argument("--labeled", type=int, default=1)
-    parser.add_argument("--unlabeled", type=int, default=2)
+    parser.add_argument("--unlabeled", type=int, default=4)
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--width-px", type=int, default=320)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the table")
     return parser.parse_args()
 
