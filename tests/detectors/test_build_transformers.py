@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from detectors.hf_models import NAMES, PAIR, RT_DETR, make
+from detectors.hf_models import NAMES, PAIR, RT_DETR, TARGETS, make
 from tiny_transformers import RESNET, build
 
 from ssod_fast.detectors import PixelStats, build_detector
@@ -49,6 +49,21 @@ class TestBuilding:
         assert detector.model.config.auxiliary_loss
         assert detector.model.class_embed[0].bias.max() < -4
         assert FAMILIES["deformable_detr"].defaults["backbone_config"]["model_type"] == "resnet"
+
+    def test_backbones_are_trained(self, tmp_path: Path) -> None:
+        backbone = {"model_type": "resnet", **RESNET, "out_features": ["stage2", "stage3", "stage4"]}
+        untrained: Any = build_detector(
+            "hf:deformable_detr", 3, backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=2, num_queries=5
+        )
+        assert all(weight.requires_grad for weight in untrained.parameters())
+        build("deformable_detr").save_pretrained(tmp_path)  # type: ignore[operator]
+        for classes in (3, 5):  # the second makes a new model
+            tuned: Any = build_detector(f"hf:{tmp_path}", classes)
+            names = {name for name, weight in tuned.model.model.backbone.named_parameters() if weight.requires_grad}
+            assert {name.split("stages.")[1][0] for name in names} == {"1", "2", "3"}
+            assert len(names) == sum("stages." in name and "stages.0." not in name for name, _ in tuned.named_parameters())
+            sum(tuned(PAIR, TARGETS).values()).backward()
+            assert all(weight.grad.any() for name, weight in tuned.model.model.backbone.named_parameters() if name in names)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_folder(self, name: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .take_over import from_transformers, require_transformers, start_rare
 HF = "hf:"
 _CONFIG, _WEIGHTS, _PROCESSOR = "config.json", "*.safetensors", "preprocessor_config.json"
 _ADAPTER_OPTIONS = frozenset({"patch", "pixel_mean", "pixel_std"})
+_DEEP_STAGE = re.compile(r"\bstages\.[123]\.")
 # What num_classes decides, and what says nothing about a network.
 _NOT_OPTIONS = frozenset({"id2label", "label2id", "problem_type", "architectures", "transformers_version", "return_dict", "dtype"})
 
@@ -149,6 +151,7 @@ def _untrained(config: Any) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"{config.model_type} cannot be built: {_one_line(error)}; choose another backbone_config") from error
     start_rare(model)
+    _backbone(model).requires_grad_(True)  # random weights are worth nothing; transformers freezes some
     return model
 
 
@@ -169,7 +172,23 @@ def _trained(folder: Path, config: Any) -> nn.Module:
     lacking = sorted(report["missing_keys"])
     if lacking:
         raise ValueError(f"{folder} lacks {len(lacking)} tensors of {type(model).__name__}: {', '.join(lacking[:8])}")
+    _train_deep_stages(model)
     return model  # type: ignore[no-any-return]
+
+
+def _backbone(model: Any) -> nn.Module:
+    return model.model.backbone  # type: ignore[no-any-return]
+
+
+def _train_deep_stages(model: Any) -> None:
+    """Trains the three deepest stages of a ResNet of transformers in its Deformable DETR, as published.
+
+    transformers means to freeze the rest, but looks for the three under names that its ResNets do not have, and `from_pretrained` then
+    makes it all trainable.
+    """
+    if model.config.model_type == "deformable_detr" and getattr(model.config.backbone_config, "model_type", None) == "resnet":
+        for name, weight in _backbone(model).named_parameters():
+            weight.requires_grad_(_DEEP_STAGE.search(name) is not None)
 
 
 def _folder_stats(folder: Path, default: PixelStats) -> PixelStats:

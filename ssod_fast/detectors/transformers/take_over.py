@@ -29,7 +29,8 @@ def from_transformers(
     Args:
         model: on any device. Deformable DETR trains its inner layers only if `model.config.auxiliary_loss` is True, which is not
             transformers' default, and the choice of queries of a two-stage model never: transformers' loss has no term for it (that of
-            `own:deformable_detr_...` has one).
+            `own:deformable_detr_...` has one). What is frozen stays so: in Deformable DETR all of a ResNet of transformers, until
+            `model.model.unfreeze_backbone()`.
         num_classes: without background; by default those that the model has. Where it differs, the detector gets a new model: untrained
             layers in the place of those that depend on the number of classes, the given weights elsewhere.
         patch: also run attention on our ops, see :func:`ssod_fast.dropin.transformers.patch`.
