@@ -74,6 +74,7 @@ def live_line(
     rate: float,
     data_share: float,
     memory: int,
+    diagnostics: Mapping[str, float] | None = None,
 ) -> str:
     """`it 1200/90000 | sup 1.12 mixup 0.84 | pseudo 5.3/img (kept 4.1) thr 0.6 | AP teacher 31.2 | 2.1 it/s data 3% | ETA 11:42`.
 
@@ -87,10 +88,13 @@ def live_line(
         rate: iterations per second.
         data_share: share of the time that waits for data.
         memory: bytes on the GPU at most; 0 on the CPU.
+        diagnostics: of inaccurate boxes and refined ones, their overlap with the right ones.
     """
     parts = [f"it {it}/{iters}", " ".join(f"{name} {value:.3g}" for name, value in by_branch(losses).items())]
     if pseudo is not None:
         parts.append(f"pseudo {pseudo['raw_per_image']:.1f}/img (kept {pseudo['kept_per_image']:.1f})" + (f" thr {thr:g}" if thr else ""))
+    if diagnostics and {"noisy_iou", "refined_iou"} <= set(diagnostics):
+        parts.append(f"boxes IoU {diagnostics['noisy_iou']:.2f} -> {diagnostics['refined_iou']:.2f}")
     if scores:
         parts.append("AP " + " ".join(f"{name} {show(value)}" for name, value in scores.items()))
     parts.append(f"{rate:.2f} it/s data {100 * data_share:.0f}%")

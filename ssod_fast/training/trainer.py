@@ -290,7 +290,7 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         scores = {name: stats["AP"] for name, stats in self.referee.last.items()}
         thr = self.score_thr
-        self.console.progress(live_line(self.it, self.config.iters, losses, pseudo, thr, scores, rate, share, memory))
+        self.console.progress(live_line(self.it, self.config.iters, losses, pseudo, thr, scores, rate, share, memory, diagnostics))
 
     def _window(self) -> int:
         """Iterations since the last train line."""

@@ -30,6 +30,9 @@ def test_live_line() -> None:
         " | 2.00 it/s data 3% | mem 21.0G | ETA 12:20:00"
     )
     assert live_line(1, 2, {"sup/a": 1.0}, None, None, {}, 0.0, 0.0, 0) == "it 1/2 | sup 1 | 0.00 it/s data 0% | ETA 0:00"
+    overlaps = {"noisy_iou": 0.453, "refined_iou": 0.617}
+    assert "| sup 1 | boxes IoU 0.45 -> 0.62 |" in live_line(1, 2, {"sup/a": 1.0}, None, None, {}, 0.0, 0.0, 0, overlaps)
+    assert "boxes" not in live_line(1, 2, {"sup/a": 1.0}, None, None, {}, 0.0, 0.0, 0, {"left_out": 0.0})
 
 
 def test_lines_without_a_terminal() -> None:
