@@ -9,14 +9,14 @@ import torch
 from ssd_det_cases import SMALL, gradients, make_detector, noisy_batch
 from tiny_detector import TinyDetector, make_batches
 
-from ssod_fast.methods import MixPL, MixPLConfig, MixPLSSDDet, MixPLSSDDetConfig, SemiSupervisedDetector, SSDDetConfig, StepOutput
-from ssod_fast.methods.ema import EMAConfig
+from ssod_fast.methods import MixPL, MixPLConfig, MixPLSSDDet, MixPLSSDDetConfig, SemiSupervisedDetector, StepOutput
+from ssod_fast.methods.ssd_det import RefinerConfig
 
 MIX: dict[str, Any] = {"mosaic_shape": ((40, 40), (90, 90)), "cls_pseudo_thr": 0.1, "teacher_score_thr": 0.01, "teacher_topk": 20}
 
 
 def make_model(**options: Any) -> SemiSupervisedDetector:
-    config = MixPLSSDDetConfig(**{**MIX, "refiner": SSDDetConfig(**SMALL), **options})
+    config = MixPLSSDDetConfig(**{**MIX, "refiner": RefinerConfig(**SMALL), **options})
     return SemiSupervisedDetector(make_detector(), MixPLSSDDet(config)).train()
 
 
@@ -79,9 +79,7 @@ def test_resume_is_exact() -> None:
 def test_bad_options() -> None:
     with pytest.raises(TypeError, match="ssd_det needs torchvision's Faster R-CNN"):
         SemiSupervisedDetector(TinyDetector(), MixPLSSDDet())
-    with pytest.raises(ValueError, match=r"refiner.ema must be None: the teacher follows by the settings of ema"):
-        MixPLSSDDetConfig(refiner=SSDDetConfig(ema=EMAConfig()))
-    with pytest.raises(ValueError, match=r"refiner.seed follows from seed \(2\) and cannot be 5: leave it out"):
-        MixPLSSDDetConfig(seed=2, refiner=SSDDetConfig(seed=5))
+    with pytest.raises(ValueError, match="topk must be finite and at least 1, got 0"):
+        MixPLSSDDetConfig(refiner=RefinerConfig(topk=0))
     with pytest.raises(ValueError, match="gate must be one of"):
         MixPLSSDDetConfig(gate="none")  # type: ignore[arg-type]

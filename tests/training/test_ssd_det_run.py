@@ -14,6 +14,7 @@ from ssod_fast.cli.train import parse_train
 from ssod_fast.detectors.faster_rcnn import FasterRCNNDetector
 from ssod_fast.methods import MixPLSSDDetConfig, SSDDetConfig
 from ssod_fast.methods.ema import EMAConfig
+from ssod_fast.methods.ssd_det import RefinerConfig
 from ssod_fast.training.checkpoint import load_detector, read_detector_info
 from ssod_fast.training.config import TrainConfig, config_from_tree, resolve, tree_of
 from ssod_fast.training.trainer import train
@@ -22,7 +23,8 @@ from ssod_fast.training.tree import ConfigError
 from .conftest import MakeConfig
 from .test_trainer import Stopping, assert_same_weights, curves, of_type
 
-REFINER = SSDDetConfig(ratios=(1.0, 1.2), hidden=16, negatives=8, max_boxes_per_image=2)
+SMALL: dict[str, Any] = {"ratios": (1.0, 1.2), "hidden": 16, "negatives": 8, "max_boxes_per_image": 2}
+REFINER = SSDDetConfig(**SMALL)
 MODEL: dict[str, Any] = {
     "model": "torchvision:fasterrcnn_tiny_fpn",
     "model_options": ("fpn_channels=16", "representation_size=32", "rpn_post_nms_top_n_train=40"),
@@ -35,7 +37,11 @@ def noisy_run(make_config: MakeConfig) -> MakeConfig:
 
     def make(method: str = "ssd_det", **changes: Any) -> TrainConfig[Any]:
         mixed = MixPLSSDDetConfig(
-            cls_pseudo_thr=0.02, teacher_score_thr=0.01, teacher_topk=20, ema=EMAConfig("constant", keep=0.9), refiner=REFINER
+            cls_pseudo_thr=0.02,
+            teacher_score_thr=0.01,
+            teacher_topk=20,
+            ema=EMAConfig("constant", keep=0.9),
+            refiner=RefinerConfig(**SMALL),
         )
         options = REFINER if method == "ssd_det" else mixed
         return dataclasses.replace(make_config("supervised"), **{"method": options, **MODEL, **changes})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ssod_fast.methods.mixpl.method import MixPL
+from ssod_fast.methods.ssd_det.config import SSDDetConfig
 from ssod_fast.methods.ssd_det.method import SSDDet
 from ssod_fast.methods.step import LossBook, Preview
 
@@ -33,7 +33,7 @@ class MixPLSSDDet(MixPL):
     def __init__(self, config: MixPLSSDDetConfig | None = None, *, rank: int = 0) -> None:
         config = MixPLSSDDetConfig() if config is None else config
         super().__init__(config, rank=rank)
-        self.refinement = SSDDet(dataclasses.replace(config.refiner, seed=config.seed), rank=rank)
+        self.refinement = SSDDet(SSDDetConfig(**vars(config.refiner), seed=config.seed), rank=rank)
 
     def check(self, student: nn.Module) -> None:
         """Needs what SSD-Det needs: torchvision's Faster R-CNN with a feature pyramid.

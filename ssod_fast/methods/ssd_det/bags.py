@@ -15,7 +15,7 @@ from ssod_fast.ops import neighborhood_boxes
 from ssod_fast.ops.box_deltas import STD
 from ssod_fast.structures import Target, upload
 
-from .config import SSDDetConfig
+from .config import RefinerConfig
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Bags:
         return self.valid.any(1)
 
 
-def neighbours(boxes: Tensor, rows: NoisyBoxes, config: SSDDetConfig) -> Bags:
+def neighbours(boxes: Tensor, rows: NoisyBoxes, config: RefinerConfig) -> Bags:
     """Bags of scaled and shifted copies.
 
     Args:

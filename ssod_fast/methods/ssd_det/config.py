@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
@@ -13,13 +13,8 @@ from ssod_fast.ops._image_rows import check_factors, check_threshold
 
 
 @dataclass(frozen=True)
-class SSDDetConfig:
-    """SSD-Det (arXiv 2307.12101). Defaults are those of the released code at commit 9ffa750d, where not said otherwise.
-
-    The released COCO recipe trains Faster R-CNN with SGD, learning rate 0.02, momentum 0.9 and weight decay 1e-4, gradients clipped to a
-    norm of 10, for 12 epochs with drops after 8 and 11, on 8 GPUs with 2 images each. That the published AP is reached has not been
-    verified.
-    """
+class RefinerConfig:
+    """Refiner and losses of SSD-Det (arXiv 2307.12101); defaults are those of the released code at commit 9ffa750d, or said to differ."""
 
     # Factors on width and on height of a noisy box, in all pairs. For VOC with up to 20 % noise 1, 1.1 and 0.9.
     ratios: tuple[float, ...] = (1.0, 1.2, 1.3, 0.8, 0.7)
@@ -73,11 +68,6 @@ class SSDDetConfig:
     # Proposals that are pooled at once. Batches of more are computed twice, in forward and again in backward, instead of being kept.
     rois_per_pass: int = 8192
 
-    # None: no averaged model, as in the paper.
-    ema: EMAConfig | None = None
-    # Of the refiner's weights, the negatives and the draw of boxes; the command line takes the seed of the run.
-    seed: int = 0
-
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_ranges(self)
@@ -92,7 +82,26 @@ class SSDDetConfig:
         return len(self.ratios) ** 2 * (1 + 4 * len(self.shakes))
 
 
-def _check_choices(config: SSDDetConfig) -> None:
+@dataclass(frozen=True)
+class SSDDetConfig(RefinerConfig):
+    """SSD-Det (arXiv 2307.12101). Defaults are those of the released code at commit 9ffa750d, where not said otherwise.
+
+    The released COCO recipe trains Faster R-CNN with SGD, learning rate 0.02, momentum 0.9 and weight decay 1e-4, gradients clipped to a
+    norm of 10, for 12 epochs with drops after 8 and 11, on 8 GPUs with 2 images each. That the published AP is reached has not been
+    verified.
+    """
+
+    # None: no averaged model, as in the paper.
+    ema: EMAConfig | None = None
+    # Of the refiner's weights, the negatives and the draw of boxes; the command line takes the seed of the run.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_integers(self, {"seed": 0})
+
+
+def _check_choices(config: RefinerConfig) -> None:
     for name, allowed in {"stage2_bag": ("regress", "resample"), "sisd_score": ("cls", "cls_ins")}.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
@@ -111,18 +120,22 @@ _WEIGHTS = (
     "det_weight",
     "rpn_box_weight",
 )
-_INTEGERS = {"topk": 1, "hidden": 1, "max_boxes_per_image": 1, "rois_per_pass": 1, "negatives": 0, "seed": 0}
+_INTEGERS = {"topk": 1, "hidden": 1, "max_boxes_per_image": 1, "rois_per_pass": 1, "negatives": 0}
 
 
-def _check_ranges(config: SSDDetConfig) -> None:
-    _check_kind(config, _WEIGHTS, Real, "a number")
-    _check_kind(config, _INTEGERS, Integral, "an integer")
-    for name, low in {**dict.fromkeys(_WEIGHTS, 0), **_INTEGERS}.items():
-        if not low <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be finite and at least {low}, got {getattr(config, name)}")
+def _check_ranges(config: RefinerConfig) -> None:
+    _check_numbers(config, dict.fromkeys(_WEIGHTS, 0), Real, "a number")
+    _check_integers(config, _INTEGERS)
 
 
-def _check_kind(config: SSDDetConfig, names: Iterable[str], kind: type, words: str) -> None:
-    for name in names:
-        if not isinstance(getattr(config, name), kind) or isinstance(getattr(config, name), bool):
-            raise TypeError(f"{name} must be {words}, got {getattr(config, name)!r}")
+def _check_integers(config: RefinerConfig, least: Mapping[str, int]) -> None:
+    _check_numbers(config, least, Integral, "an integer")
+
+
+def _check_numbers(config: RefinerConfig, least: Mapping[str, int], kind: type, words: str) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} must be {words}, got {value!r}")
+        if not low <= value < math.inf:  # type: ignore[operator]
+            raise ValueError(f"{name} must be finite and at least {low}, got {value}")

@@ -15,7 +15,7 @@ from ssod_fast.nn.pyramid import pool_boxes
 from ssod_fast.ops import decode_boxes, encode_boxes, paired_box_iou, random_negative_boxes
 
 from .bags import Bags, NoisyBoxes, neighbours
-from .config import SSDDetConfig
+from .config import RefinerConfig
 from .losses import focal_mil_loss, instance_scores, mil_loss, negative_loss, overlap_loss, own_class, regression_loss
 from .merge import clip_to_image, merge_boxes, relative_overlaps, usable_boxes
 
@@ -89,7 +89,7 @@ class Refiner(nn.Module):
         num_classes: without background.
     """
 
-    def __init__(self, config: SSDDetConfig, channels: int, num_classes: int) -> None:
+    def __init__(self, config: RefinerConfig, channels: int, num_classes: int) -> None:
         super().__init__()
         self.config, self.channels, self.num_classes = config, channels, num_classes
         hidden, inputs = config.hidden, channels * SIZE * SIZE
