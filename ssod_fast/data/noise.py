@@ -126,8 +126,11 @@ def add_noise(raw: dict[str, Any], config: NoiseConfig, every_box: bool = False,
         source: Named in errors.
 
     Raises:
-        ValueError: If an image has no size or an image id occurs twice.
+        ValueError: If an image has no size, an image id occurs twice, or boxes were moved before.
     """
+    moved_before = next((_name(row) for row in raw["annotations"] if row.get(TRUE_BOX) is not None), None)
+    if moved_before:
+        raise ValueError(f"{source} is noisy already ({moved_before} has a {TRUE_BOX}): expected clean boxes")
     sizes = _image_sizes(raw["images"], source)
     report = DataReport()
     rows = _rows_to_move(raw, sizes, every_box, report)

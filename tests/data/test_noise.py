@@ -178,6 +178,13 @@ def test_bad_images() -> None:
         add_noise(raw, NoiseConfig())
 
 
+def test_noise_on_noise_is_refused() -> None:
+    raw = coco(GOLDEN)
+    add_noise(raw, NoiseConfig())
+    with pytest.raises(ValueError, match=r"raw is noisy already \(annotation 1 has a true_bbox\): expected clean boxes"):
+        add_noise(raw, NoiseConfig())
+
+
 def test_accuracy_checks_its_rows() -> None:
     with pytest.raises(ValueError, match="equally long, got 2, 1 and 2"):
         box_accuracy(torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(2, dtype=torch.int64), ["a"])
