@@ -169,6 +169,8 @@ def test_boxes_and_references() -> None:
     references = rows.references(boxes, image_hw)
     expected = torch.tensor([[[0.1, 0.4, 0.1, 0.4], [0.05, 0.15, 0.05, 0.2]], [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]])
     torch.testing.assert_close(references, expected)
+    beyond = rows.references(torch.tensor([[-80.0, 20, 60, 60], [0, -10, 300, 130], [20, 10, 60, 30]]), image_hw)[0]
+    torch.testing.assert_close(beyond, torch.tensor([[0, 0.4, 0.7, 0.4], [0.75, 0.6, 1, 1]]))
 
 
 def test_boxes_of_a_batch_without_any() -> None:
