@@ -54,7 +54,7 @@ STEPS: tuple[tuple[str, Detours | None], ...] = (
     ("as released", Detours()),
     ("no unused work", Detours(unused=False)),
     ("no reads for the log", Detours(unused=False, logging=False)),
-    ("pooling without buffers", Detours(unused=False, logging=False, levels=False)),
+    ("pooling of this package", Detours(unused=False, logging=False, levels=False)),
     ("boxes merged at once", Detours(unused=False, logging=False, levels=False, merging=False)),
     (SHIPPED, None),
 )

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from ssod_fast.criterion.losses import _wide
+
+from .roi_align import align
 
 _UNIT = 56.0  # pixels: boxes whose sides have twice this geometric mean belong to the second level, four times to the third
 
@@ -82,5 +83,4 @@ def _pool_chosen(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, level: Te
 
 def _align(features: Tensor, boxes: Tensor, image: Tensor, stride: int, size: int) -> Tensor:
     rois = torch.cat([image[:, None].to(features.dtype), boxes.to(features.dtype)], 1)
-    pooled: Tensor = roi_align(features, rois, size, 1 / stride, sampling_ratio=0, aligned=True)
-    return pooled
+    return align(features, rois, size, 1 / stride)
