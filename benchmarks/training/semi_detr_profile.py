@@ -1,7 +1,7 @@
 """Where a training step of Semi-DETR spends its time, and what each way of not computing things twice saves.
 
-`python benchmarks/training/semi_detr_profile.py` takes the step as the released code runs it (the oracle of the tests, with the losses,
-matching and suppression of this package), leaves out one detour after the other, and ends with the step of this package. All of them must
+`python benchmarks/training/semi_detr_profile.py` takes the step as the released code runs it (the oracle of the tests: one image, layer and
+box after the other where that code loops), leaves out one detour after the other, and ends with the step of this package. All of them must
 give the same gradients. One row per stage, step and part goes to results/semi_detr_profile_cpu.csv, the table to
 results/semi_detr_profile_cpu.md.
 """
@@ -55,7 +55,8 @@ PARTS = (
 )
 # The released step, then what is left out, one after the other.
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("as released", {"solver": "shipped"}),
+    ("as released", {}),
+    ("matching, mining, suppression and losses of all images and layers at once (R7 to R11)", {"solver": "shipped"}),
     ("teacher's backbone once (R1)", {"backbone": False}),
     ("encoders once (R2)", {"encoder": False}),
     ("matching queries apart from the others (R3)", {"joint": False}),
@@ -119,6 +120,9 @@ def places(model: SemiSupervisedDetector) -> Iterator[tuple[Any, str, str]]:
     yield mining.CostMiner, "__call__", "mining"
     yield teacher, "teacher_detections", "pseudo boxes"
     yield oracle, "teacher_detections", "pseudo boxes"
+    literal = {"detect": "pseudo boxes", "hybrid": "matching and losses", "denoising_losses": "matching and losses"}
+    literal |= {"assignment": "mining", "cost_threshold": "mining", "consistency": "consistency loss"}
+    yield from ((semi_detr_literal, name, part) for name, part in literal.items())
 
 
 @contextmanager
