@@ -2,9 +2,10 @@
 
 `python benchmarks/methods/ssd_det_step.py` takes one refiner and one set of feature maps and runs forward and backward in two ways: as this
 package does it, and as the released code does it, one operation after the other: bags built image by image in loops over ratios and shakes,
-pooling level by level behind a `nonzero`, boxes merged image by image, numbers for the log read in every step, and work for predicted
-overlaps whose results nobody uses. Then the detours are left out one after the other. Losses, refined boxes and gradients of all ways must
-agree. One row per way and part goes to results/ssd_det_step_<device>.csv, the table to results/ssd_det_step_<device>.md.
+pooling level by level behind a `nonzero`, with torchvision's gradient, boxes merged image by image, numbers for the log read in every step,
+and work for predicted overlaps whose results nobody uses. Then the detours are left out one after the other. Losses, refined boxes and
+gradients of all ways must agree. One row per way and part goes to results/ssd_det_step_<device>.csv, the table to
+results/ssd_det_step_<device>.md.
 """
 
 from __future__ import annotations
