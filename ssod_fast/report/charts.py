@@ -112,8 +112,10 @@ def _class_ap(runs: Sequence[Run]) -> Panel | None:
     names = [name for name in class_names(runs) if any(name in table for table in found)][:MAX_CLASSES]
     values = [[_class_value(table, name) for name in names] for table in found]
     groups = [Bars(run.label, row, i) for i, (run, row) in enumerate(zip(runs, values, strict=True))]
+    high = max((value for row in values for value in row if math.isfinite(value)), default=0.0)
+    span = (-0.03 * high, None) if high else (-0.03, 1.0)  # a dot at 0 is seen whole
     return plots.dots(
-        "ap_class", "AP by class", names, groups, xlabel="AP", span=(-1.5, None), caption="Last evaluation, the reported model of each run."
+        "ap_class", "AP by class", names, groups, xlabel="AP", span=span, caption="Last evaluation, the reported model of each run."
     )
 
 

@@ -219,6 +219,8 @@ def bars(
         if log:
             ax.set_xscale("symlog", linthresh=10)
         ax.margins(x=0.14)
+        if not any(math.isfinite(v) and v for g in groups for v in g.values):
+            ax.set_xlim(0, 1)  # of zeros alone matplotlib would make an axis with both signs
         ax.set_xlabel(xlabel)
         return Panel(key, title, caption, f"{title}. {_bar_words(groups, categories, '')}.", _finish(fig))
 

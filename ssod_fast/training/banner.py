@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
@@ -48,8 +49,8 @@ def banner(
         ("passes", f"{passes[0]:.1f} over the labelled, {passes[1]:.1f} over the unlabelled images"),
         ("lr", f"{lr:.3g} ({_optimizer(config)})"),
         ("precision", precision),
-        ("weights", str(config.weights or config.backbone_weights or config.init_from or "random")),
-        ("evaluation", f"{evaluation}, every {config.eval_every} iterations, scores above {config.score_thr:g}"),
+        ("weights", _weights(config)),
+        ("evaluation", evaluation + (f", {_every(config)}, scores above {config.score_thr:g}" if data.val is not None else "")),
         ("hidden truth", f"of {len(data.hidden)} images, for the monitor only" if data.hidden is not None else None),
         ("seed", str(config.seed)),
     ]
@@ -66,6 +67,15 @@ def _optimizer(config: TrainConfig[Any]) -> str:
 
 def _draw(config: TrainConfig[Any]) -> str:
     return " on average" if config.batch_draw == "bernoulli" else ""
+
+
+def _weights(config: TrainConfig[Any]) -> str:
+    folder = config.model.removeprefix("hf:") if config.model.startswith("hf:") and Path(config.model[3:]).is_dir() else None
+    return str(config.weights or config.backbone_weights or config.init_from or folder or "random")
+
+
+def _every(config: TrainConfig[Any]) -> str:
+    return f"every {config.eval_every} iterations" if config.eval_every != 1 else "every iteration"
 
 
 def _stages(config: TrainConfig[Any]) -> str | None:

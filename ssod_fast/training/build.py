@@ -32,6 +32,10 @@ def build_student(config: TrainConfig[Any], classes: list[str], say: Callable[[s
             _init_from(student, config, classes, say)
     except (ValueError, OSError, NotADetectorError) as error:
         raise ConfigError(str(error)) from error
+    except TypeError as error:
+        if not config.model.startswith(("torchvision:", "own:", "hf:")):
+            raise  # in a callable of the user, where it happened says more
+        raise ConfigError(f"--model-options do not fit {config.model}: {error}") from error
     return student
 
 

@@ -173,6 +173,12 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         CostMiner(**options)
 
 
+def test_targets_that_are_no_padded_ones_are_named() -> None:
+    logits, boxes, _ = make_case((2,), 20)
+    with pytest.raises(TypeError, match=r"targets must be PaddedTargets, for example PaddedTargets.from_list\(...\), got list"):
+        CostMiner()(logits, boxes, [])  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     """Ranks with different numbers of images and boxes share one threshold; a rank without boxes hangs nobody."""

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ssod_fast.report import build_report, html, previews, tables
+from ssod_fast.report import build_report, html, plots, previews, tables
 from ssod_fast.report.charts import sections
 from ssod_fast.report.runs import read_runs
 from ssod_fast.report.svg import COLORS
@@ -328,3 +328,11 @@ def test_refined_boxes_that_are_worse_are_called_worse(tmp_path, write_run):
             line["diagnostics"]["refined_iou"] = 0.2
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert any("they are worse: do not use them" in sentence for sentence in verdict(read_runs([folder])))
+
+
+def test_axes_of_zeros_begin_at_zero() -> None:
+    figure = plots.bars("k", "Bars", ["a", "b"], [plots.Bars("run", [0.0, 0.0], 0)])
+    assert figure is not None
+    ticks = re.findall("<text[^>]*>([\u2212-]?[0-9.]+)</text>", figure.svg)
+    assert ticks
+    assert not [t for t in ticks if t[0] in "\u2212-"], ticks

@@ -56,9 +56,10 @@ class SemiDETRConfig:
     cls_weight: float = 2.0
     # Officially 5, but two parts of the term that were meant for the log are summed as losses too: 10 in effect.
     l1_weight: float = 10.0
+    # Of the GIoU loss.
     giou_weight: float = 2.0
 
-    # Denoising queries per image, positive ones; original DINO too.
+    # Denoising queries per image, positive ones; original DINO too. In place of the detector's own option, of which 0 means none here too.
     denoising: int = 100
     # Share of noisy labels; half of them change.
     label_noise: float = 0.5
@@ -88,6 +89,7 @@ class SemiDETRConfig:
     burn_in: int = 0
     # Unlabelled images per step and process.
     unlabeled_batch: int = 4
+    # How the teacher follows the student.
     ema: EMAConfig = field(default_factory=_official_ema)
     # Of the denoising and of the projector's weights; the command line takes the seed of the run.
     seed: int = 0

@@ -138,6 +138,8 @@ class CostMiner:
 
     def costs(self, logits: Tensor, boxes: Tensor, targets: PaddedTargets) -> Tensor:
         """[B, N]: the cost of each pseudo box and the query that optimal matching gives it; +inf where there is none."""
+        if not isinstance(targets, PaddedTargets):
+            raise TypeError(f"targets must be PaddedTargets, for example PaddedTargets.from_list(...), got {type(targets).__name__}")
         matches = match(logits, boxes, targets, eps=COST_EPS, w_class=self.cls_cost, w_box=self.l1_cost, w_giou=self.giou_cost)
         return matches.cost[0, 0].view(targets.labels.shape)
 
