@@ -174,6 +174,7 @@ def test_early_options_need_values() -> None:
         (["train", "/nowhere", "--method", "supervised", "--out", "{tmp}"], 3, "/nowhere does not exist"),
         (["train", "d", "--batch", "x"], 2, "batch must be LABELED or LABELED:UNLABELED"),
         (["val", "/nowhere", "/nowhere"], 3, "no detector at /nowhere"),
+        (["report", "--help"], 0, "of several runs in the folder that holds them all"),
         (["report"], 2, "report needs at least one run folder"),
         (["report", "/nowhere"], 3, "expected a run folder, got '/nowhere', which is not a folder"),
         (["split", "/nope.json", "--out", "{tmp}"], 3, "/nope.json does not exist: expected a COCO json or a folder that holds one"),

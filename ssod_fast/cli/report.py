@@ -21,7 +21,7 @@ class ReportOptions:
 
     # Run folders.
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN [RUN ...]]")]
-    # File to write; report.html in the first run's folder without it.
+    # File to write; without it report.html in the run folder, of several runs in the folder that holds them all.
     out: Path | None = None
 
 
