@@ -174,7 +174,6 @@ def test_early_options_need_values() -> None:
         (["train", "/nowhere", "--method", "supervised", "--out", "{tmp}"], 3, "/nowhere does not exist"),
         (["train", "d", "--batch", "x"], 2, "batch must be LABELED or LABELED:UNLABELED"),
         (["val", "/nowhere", "/nowhere"], 3, "no detector at /nowhere"),
-        (["report", "--help"], 0, "of several runs in the folder that holds them all"),
         (["report"], 2, "report needs at least one run folder"),
         (["report", "/nowhere"], 3, "expected a run folder, got '/nowhere', which is not a folder"),
         (["split", "/nope.json", "--out", "{tmp}"], 3, "/nope.json does not exist: expected a COCO json or a folder that holds one"),
@@ -196,6 +195,12 @@ def test_exit_codes(arguments: list[str], code: int, message: str, tmp_path: Pat
     assert cli.main([a.replace("{tmp}", str(tmp_path)) for a in arguments]) == code
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+
+
+def test_report_says_where_that_of_several_runs_lies(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "without it report.html in the run folder, of several runs in the folder that holds them all." in words
 
 
 def test_errors_as_json(capsys: pytest.CaptureFixture[str]) -> None:
