@@ -50,7 +50,8 @@ class _Align(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (rois,) = ctx.saved_tensors
-        return _gradient(grad, rois, ctx.shape, ctx.size, ctx.scale), None, None, None
+        with torch.autocast("cpu", enabled=False):  # backward() may be called under autocast
+            return _gradient(grad, rois, ctx.shape, ctx.size, ctx.scale), None, None, None
 
 
 def _gradient(grad: Tensor, rois: Tensor, shape: torch.Size, size: int, scale: float) -> Tensor:

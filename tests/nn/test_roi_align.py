@@ -93,3 +93,9 @@ def test_without_gradients_it_is_torchvision_alone() -> None:
     assert align(features, rois, 7, 1 / 4).grad_fn is None
     with torch.no_grad():
         assert not align(features.requires_grad_(), rois, 7, 1 / 4).requires_grad
+
+
+def test_backward_under_autocast() -> None:
+    features, rois = make(5, 6, (1, 2, 8, 8), 1 / 4, 0.5, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compare(features, rois, 7, 1 / 4, 1e-5)
