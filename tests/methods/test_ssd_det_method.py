@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssod_fast.data.batches import LabeledBatch
 from ssod_fast.detectors import build_detector
+from ssod_fast.detectors.faster_rcnn import FasterRCNNDetector
 from ssod_fast.methods import EMAConfig, SemiSupervisedDetector, SSDDet, SSDDetConfig, SupervisedMethod
 from ssod_fast.methods.inputs import detector_batch
 from ssod_fast.methods.ssd_det import NoisyBoxes, refine
@@ -209,6 +210,16 @@ def test_refine() -> None:
     assert refine(model.student, model.trainable, batch.images, without_boxes(batch).targets)[0]["boxes"].shape == (0, 4)
     with pytest.raises(ValueError, match="targets must have one entry per image, expected 2, got 1"):
         refine(model.student, model.trainable, batch.images, batch.targets[:1])
+
+
+def test_pooling_that_names_more_levels_than_there_are() -> None:
+    """torchvision's models of MobileNet have a single stride, twice, and ask for four levels."""
+    detector = build_detector("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", CLASSES).train()
+    assert isinstance(detector, FasterRCNNDetector)
+    model = SemiSupervisedDetector(detector, SSDDet(SSDDetConfig(**SMALL)))
+    images = detector_batch(detector, noisy_batch(0).images)
+    assert levels_of(detector, detector.pyramid(images), images).strides == [32, 32]
+    assert model.train().training_step(noisy_batch(0), None, 0).loss.isfinite()
 
 
 def test_strides_of_the_pooled_levels() -> None:

@@ -207,8 +207,8 @@ def refine(detector: FasterRCNNDetector, refiner: Refiner, images: ImageBatch | 
 
 
 def levels_of(detector: FasterRCNNDetector, maps: OrderedDict[str, Tensor], batch: ImageBatch) -> Levels:
-    """The maps from which the detector pools, with their strides."""
-    pooled = [maps[name] for name in detector.model.roi_heads.box_roi_pool.featmap_names]
+    """The maps from which the detector pools, with their strides. Its pooling may name more than its backbone has."""
+    pooled = [maps[name] for name in detector.model.roi_heads.box_roi_pool.featmap_names if name in maps]
     height = batch.tensor.shape[-2]  # a multiple of the strides
     return Levels(pooled, [2 ** round(math.log2(height / level.shape[-2])) for level in pooled])
 
