@@ -9,7 +9,7 @@ import torch
 from ssd_det_cases import SMALL, gradients, make_detector, noisy_batch
 from tiny_detector import TinyDetector, make_batches
 
-from ssod_fast.methods import MixPL, MixPLConfig, MixPLSSDDet, MixPLSSDDetConfig, SemiSupervisedDetector, StepOutput
+from ssod_fast.methods import MixPL, MixPLConfig, MixPLSSDDet, MixPLSSDDetConfig, SemiSupervisedDetector, SSDDetConfig, StepOutput
 from ssod_fast.methods.ssd_det import RefinerConfig
 
 MIX: dict[str, Any] = {"mosaic_shape": ((40, 40), (90, 90)), "cls_pseudo_thr": 0.1, "teacher_score_thr": 0.01, "teacher_topk": 20}
@@ -74,6 +74,11 @@ def test_resume_is_exact() -> None:
     for ours, theirs in zip(run(second, range(2, 4)), expected, strict=True):
         assert sorted(ours.losses) == sorted(theirs.losses)
         assert all(torch.equal(ours.losses[name], theirs.losses[name]) for name in ours.losses)
+
+
+def test_options_of_the_method_serve_as_those_of_its_refiner() -> None:
+    method = MixPLSSDDet(MixPLSSDDetConfig(seed=4, refiner=SSDDetConfig(**{**SMALL, "topk": 5, "seed": 9})))
+    assert (method.refinement.config.topk, method.refinement.config.seed) == (5, 4)
 
 
 def test_bad_options() -> None:

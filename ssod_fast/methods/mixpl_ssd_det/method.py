@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ssod_fast.methods.mixpl.method import MixPL
-from ssod_fast.methods.ssd_det.config import SSDDetConfig
+from ssod_fast.methods.ssd_det.config import RefinerConfig, SSDDetConfig
 from ssod_fast.methods.ssd_det.method import SSDDet
 from ssod_fast.methods.step import LossBook, Preview
 
@@ -33,7 +34,8 @@ class MixPLSSDDet(MixPL):
     def __init__(self, config: MixPLSSDDetConfig | None = None, *, rank: int = 0) -> None:
         config = MixPLSSDDetConfig() if config is None else config
         super().__init__(config, rank=rank)
-        self.refinement = SSDDet(SSDDetConfig(**vars(config.refiner), seed=config.seed), rank=rank)
+        options = {field.name: getattr(config.refiner, field.name) for field in dataclasses.fields(RefinerConfig)}
+        self.refinement = SSDDet(SSDDetConfig(**options, seed=config.seed), rank=rank)
 
     def check(self, student: nn.Module) -> None:
         """Needs what SSD-Det needs: torchvision's Faster R-CNN with a feature pyramid.
