@@ -12,6 +12,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,10 @@ class NoiseConfig:
     noise_clip: Literal["official", "image"] = "official"
 
     def __post_init__(self) -> None:
+        for name, kind, words in (("noise_level", Real, "a number"), ("noise_seed", Integral, "an integer")):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {words}, got {value!r}")
         if not 0 <= self.noise_level < 1:
             raise ValueError(f"noise_level must lie in [0, 1), got {self.noise_level}")
         if not 0 <= self.noise_seed < 2**32:

@@ -167,6 +167,19 @@ def test_bad_settings(change: dict[str, Any], message: str) -> None:
         NoiseConfig(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_level": "0.4"}, "noise_level must be a number, got '0.4'"),
+        ({"noise_seed": 1.5}, "noise_seed must be an integer, got 1.5"),
+        ({"noise_seed": True}, "noise_seed must be an integer, got True"),
+    ],
+)
+def test_settings_of_a_wrong_type(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        NoiseConfig(**change)
+
+
 def test_bad_images() -> None:
     raw = coco(GOLDEN)
     del raw["images"][0]["width"]
