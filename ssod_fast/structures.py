@@ -115,7 +115,7 @@ class PaddedTargets:
         lengths = [_check_target(i, target) for i, target in enumerate(targets)]
         source = targets[0]["boxes"].device if targets else torch.device("cpu")
         _check_devices(targets, source)
-        rows = max(lengths, default=0) if nmax is None else nmax
+        rows = max((0, *lengths)) if nmax is None else nmax
         kept = [min(n, rows) for n in lengths]
         padded = cls(
             boxes=_pad([t["boxes"][:rows].float() for t in targets], rows, 0.0, source, (4,)),

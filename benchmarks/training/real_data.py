@@ -100,6 +100,8 @@ RECIPES = {
     # The unlabelled losses start when the labelled ones have had time to teach the smallest class too. Same baseline runs.
     "bccd_late": Recipe("bccd", (2, 2), SMALL, {"name": "mixpl", "burn_in": 300}, "bccd"),
     "bccd_detr": Recipe("bccd", (2, 2), SMALL_DETR, SHORT_SEMI_DETR, "bccd_detr"),
+    # Stage 1 to the end: its models predict with suppression. Same baseline runs.
+    "bccd_detr_o2m": Recipe("bccd", (2, 2), SMALL_DETR, {**SHORT_SEMI_DETR, "switch_at": SMALL_DETR["iters"]}, "bccd_detr"),
     "aquarium": Recipe(
         "aquarium",
         (4, 4),

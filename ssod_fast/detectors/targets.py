@@ -35,8 +35,8 @@ def to_padded(targets: PaddedTargets | Sequence[Target], batch: int, num_classes
         padded = targets.to(device)
     else:
         plain = [plain_target(target) for target in targets]
-        _check_labels(plain, num_classes)
         padded = PaddedTargets.from_list(plain).to(device)
+        _check_labels(plain, num_classes)
     # One row of padding lets every loss gather from the rows without a special case for "no boxes at all".
     return padded if padded.nmax else PaddedTargets.empty(batch, 1, device)
 

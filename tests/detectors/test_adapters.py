@@ -84,6 +84,12 @@ def test_faster_rcnn_has_one_more_output_for_background() -> None:
     assert seen[0].tolist() == [1, 5]
 
 
+def test_targets_without_labels_are_named() -> None:
+    target: Any = {"boxes": torch.tensor([[24, 20, 88, 76.0]])}
+    with pytest.raises(ValueError, match=r"targets\[0\] must have 'labels', got the keys \['boxes'\]"):
+        from_torchvision(build("fcos")).losses(images(HW)[:1], [target])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["list", "padded"])
 def test_bad_boxes_are_left_out(family: str, form: str) -> None:
