@@ -81,7 +81,7 @@ def test_profile_of_a_step_adds_up(semi_detr_profile: ModuleType, monkeypatch: p
     assert {name: value for name, value in vars(model.student.network).items() if callable(value)} == before  # no timer stays behind
     seconds = {(row["stage"], row["step"], row["part"]): row["seconds"] for row in rows}
     steps = dict.fromkeys(step for _, step, _ in seconds)
-    assert len(steps) == 8
+    assert len(steps) == 9
     for stage in (1, 2):
         for step in steps:
             parts = sum(seconds[stage, step, part] for part in semi_detr_profile.PARTS)
