@@ -178,6 +178,7 @@ def test_boxes_that_vanish_and_images_that_cannot_be_read_stay(noisy: Path, tmp_
     ("words", "code", "message"),
     [
         (["{run}", "{data}", "--batch", "0"], 2, "--batch must be at least 1, got 0"),
+        (["{run}", "{data}", "--device", "tpu"], 2, "--device must be auto, cpu or cuda, got 'tpu'"),
         (["{run}/weights", "{data}"], 3, "no refiner at"),
         (["{run}", "{data}.missing"], 3, "does not exist"),
         (["{run}", "{other}"], 3, "they must be the same"),
@@ -192,6 +193,14 @@ def test_refine_refuses(
     other.write_text(json.dumps(raw))
     assert cli.main(["refine", *(w.format(run=trained, data=noisy, other=other) for w in words), "--out", str(tmp_path)]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", ["refine", "val"])
+def test_cuda_without_a_gpu(command: str, noisy: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path)] if command == "refine" else []
+    assert cli.main([command, str(trained), str(noisy), "--device", "cuda", *out]) == 2
+    assert "device cuda was asked for, but torch sees no GPU" in capsys.readouterr().err
 
 
 def test_a_run_without_a_refiner_is_refused(noisy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from .checkpoint import DetectorInfo, find_detector, load_detector
 from .evaluation import CocoEvaluator, CocoMetrics, show
 from .predict import predict_all
 from .sets import DataError, read_evaluation_set
-from .tree import from_tree
+from .tree import ConfigError, from_tree
 
 Which = Literal["teacher", "student", "both"]
 TOPK = 100
@@ -102,7 +102,15 @@ def views_of(info: DetectorInfo) -> ViewConfig:
 
 
 def pick_device(name: str) -> torch.device:
-    """A GPU for "auto" if there is one."""
+    """A GPU for "auto" if there is one.
+
+    Raises:
+        ConfigError: another name, or a GPU that is not there.
+    """
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name} was asked for, but torch sees no GPU: use --device cpu")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
 
 
