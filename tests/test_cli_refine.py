@@ -17,8 +17,11 @@ from ssod_fast.data import read_coco
 from ssod_fast.data.synthetic import write_scenes
 from ssod_fast.report.refined import write_pictures
 from ssod_fast.structures import Target
+from ssod_fast.training.build import build_student
+from ssod_fast.training.config import config_from_tree, read_tree
 from ssod_fast.training.metrics import read_lines
-from ssod_fast.training.refine import SavedRefiner, load_refiner, refine_set
+from ssod_fast.training.refine import SavedRefiner, _structure, load_refiner, refine_set
+from ssod_fast.training.tree import ConfigError
 
 MODEL = ["--model", "torchvision:fasterrcnn_tiny_fpn", "--model-options", "fpn_channels=16", "representation_size=16"]
 METHOD = ["--method", "ssd_det", "--method.hidden", "16", "--method.ratios", "1", "0.8", "--method.negatives", "8"]
@@ -244,3 +247,23 @@ def test_loaded_refiner_is_that_of_the_checkpoint(trained: Path) -> None:
     first, again = (load(trained, torch.device("cpu")).run(images, targets)[0] for load in (load_refiner, load_refiner))
     assert torch.equal(first["boxes"], again["boxes"])
     assert first["boxes"].shape == (1, 4)
+
+
+def test_structure_that_starting_weights_decided(noisy: Path, backbone_weights: Path, tmp_path: Path) -> None:
+    """Frozen norms and padding follow from the file of the backbone, which may be gone when boxes are refined."""
+    file = tmp_path / "backbone.safetensors"
+    file.write_bytes(backbone_weights.read_bytes())
+    options = ["--model", "torchvision:fasterrcnn_mobilenet_v2_fpn", *MODEL[2:], "--backbone-weights", str(file)]
+    words = ["train", str(noisy), *METHOD, *options, *VIEWS, *RUN, "--iters", "1", "--no-report", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path), "--name", "r"]) == 0
+    config = config_from_tree(read_tree(tmp_path / "r" / "config.yaml"))
+    wanted = build_student(config, ["a", "b"], print).eval()
+    ways = [_structure(tmp_path / "r", config, ["a", "b"])]
+    file.rename(tmp_path / "elsewhere.safetensors")
+    ways.append(_structure(tmp_path / "r", config, ["a", "b"]))
+    for way in ways:
+        assert [(n, type(m)) for n, m in way.named_modules()] == [(n, type(m)) for n, m in wanted.named_modules()]
+    load_refiner(tmp_path / "r", torch.device("cpu"))
+    (tmp_path / "r" / "weights" / "best_student.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"backbone.safetensors does not exist"):
+        load_refiner(tmp_path / "r", torch.device("cpu"))

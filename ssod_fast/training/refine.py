@@ -23,8 +23,8 @@ from ssod_fast.methods.ssd_det import Refiner, refine
 from ssod_fast.structures import Target
 
 from .build import build_method, build_student
-from .checkpoint import has_last, load_last
-from .config import config_from_tree, read_tree
+from .checkpoint import has_last, load_detector, load_last
+from .config import TrainConfig, config_from_tree, read_tree
 from .files import write_json, write_text
 from .run_folder import last_path
 from .sets import DataError, read_evaluation_set
@@ -73,18 +73,17 @@ class RefinedSet:
 
 
 def load_refiner(run: Path, device: torch.device) -> SavedRefiner:
-    """Student and refiner of a run as they were at its last checkpoint; nothing is downloaded.
+    """Student and refiner of a run as they were at its last checkpoint. A run that was not evaluated yet needs its starting weights.
 
     Raises:
         FileNotFoundError: no run there, or one without a checkpoint.
-        ConfigError: a run of a method that has no refiner.
+        ConfigError: a run of a method that has no refiner, or one whose starting weights are needed and gone.
     """
     if not (run / "config.yaml").is_file() or not has_last(last_path(run)):
         raise FileNotFoundError(f"no refiner at {run}: expected the folder of a run with config.yaml and weights/last.pt")
     config = config_from_tree(read_tree(run / "config.yaml"))
-    config = dataclasses.replace(config, weights=None, backbone_weights=None, init_from=None)  # all of it is in the checkpoint
     state, _ = load_last(last_path(run))
-    model = build_method(config, build_student(config, state["classes"], lambda _: None), rank=0)
+    model = build_method(config, _structure(run, config, state["classes"]), rank=0)
     refiner = model.trainable
     if not isinstance(refiner, Refiner):
         raise ConfigError(f"{run} is a run of --method {config.method_name}, which has no refiner: train one with --method ssd_det")
@@ -92,6 +91,14 @@ def load_refiner(run: Path, device: torch.device) -> SavedRefiner:
     model.load_state_dict(state["model"])
     model.to(device)
     return SavedRefiner(lambda images, targets: refine(model.student, refiner, images, targets), state["classes"], config.views, device)
+
+
+def _structure(run: Path, config: TrainConfig[Any], classes: list[str]) -> Any:
+    """A detector of the run's structure, which follows from its options and from the weights that it started from."""
+    saved = sorted(last_path(run).parent.glob("best_*.safetensors"))
+    if saved:  # these say it all; the starting weights may be gone
+        return load_detector(saved[0])[0]
+    return build_student(dataclasses.replace(config, init_from=None), classes, lambda _: None)
 
 
 def read_noisy(path: Path, refiner: SavedRefiner, split: str = "train") -> DetectionData:
