@@ -117,6 +117,13 @@ def test_draws_go_by_image_and_skip_what_training_leaves_out() -> None:
     assert len(noise.report.notes) == 7
 
 
+def test_voc_draws_for_tiny_boxes_too() -> None:
+    tiny = (20, 20, 20.5, 50)
+    raw = coco([tiny, GOLDEN[0]])
+    add_noise(raw, NoiseConfig(), every_box=True)
+    np.testing.assert_allclose(corners(raw), literal([tiny, GOLDEN[0]], 0.4, (400, 500)), atol=1e-3)
+
+
 def test_order_of_images_decides_not_order_of_annotations() -> None:
     raw = coco(GOLDEN)
     raw["images"].append({**raw["images"][0], "id": 2})

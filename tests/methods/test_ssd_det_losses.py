@@ -108,9 +108,9 @@ def test_focal_golden() -> None:
 
 
 def test_negative_loss_by_hand() -> None:
-    logits = torch.zeros(3, 2, dtype=F64)
-    keep, weight = torch.tensor([True, False, True]), torch.tensor([0.2, 0.6], dtype=F64)
-    expected = 0.4 * (2 * 2 * 0.25 * -math.log(0.500001)) / 2  # two boxes of two classes, divided by two bags
+    logits = torch.zeros(4, 2, dtype=F64)
+    keep, weight = torch.tensor([True, False, True, True]), torch.tensor([0.2, 0.6], dtype=F64)
+    expected = 0.4 * (3 * 2 * 0.25 * -math.log(0.500001)) / 2  # three boxes of two classes, divided by two bags
     assert negative_loss(logits, keep, weight).item() == pytest.approx(expected, abs=1e-12)
 
 

@@ -135,10 +135,10 @@ def test_crowded_images_are_bounded() -> None:
     levels = levels_of(model.student, model.student.pyramid(images), images)
     noisy = NoisyBoxes.pack(batch.targets, images.sizes, images.tensor.device)
     seen: list[int] = []
-    model.trainable.register_forward_pre_hook(lambda _, args: seen.append(len(args[1])))
+    model.trainable.register_forward_pre_hook(lambda _, args: seen.extend((len(args[1]), len(args[3]))))
     program = RefineAndDetect(model.trainable, batch.targets, torch.Generator().manual_seed(0))
     found = program.refine(levels, noisy)
-    assert seen == [11]
+    assert seen == [11, 60]  # the others keep negatives away
     assert found.diagnostics["left_out"] == 60
     torch.testing.assert_close(found.boxes, model.trainable.refine(levels, noisy).boxes)  # the others are refined all the same
     torch.testing.assert_close(found.scores, model.trainable.refine(levels, noisy).scores)
@@ -195,7 +195,10 @@ def test_refiner_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refine() -> None:
     model, batch = make_model(), noisy_batch(0)
     model.student.train()
+    modes: list[tuple[bool, bool, bool]] = []
+    model.trainable.fc_iou.register_forward_hook(lambda m, _, out: modes.append((model.student.training, m.training, out.requires_grad)))
     found = refine(model.student, model.trainable, batch.images, batch.targets)
+    assert modes == [(False, False, False)]
     assert model.student.training
     program = RefineAndDetect(model.trainable, batch.targets, torch.Generator())
     model.student.eval()

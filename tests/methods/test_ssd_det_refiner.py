@@ -58,7 +58,11 @@ def test_literal(options: dict[str, Any]) -> None:
 
 def test_refining_alone_gives_the_same_boxes() -> None:
     refiner, levels, noisy = make_refiner(), make_levels(), make_noisy([3, 2])
+    kept: list[bool] = []
+    assert refiner.fc_iou is not None
+    refiner.fc_iou.register_forward_hook(lambda _, args, out: kept.append(out.requires_grad))
     trained, alone = refiner(levels, noisy, make_uniforms()), refiner.refine(levels, noisy)
+    assert kept == [True, False]
     torch.testing.assert_close(alone.boxes, trained.boxes)
     torch.testing.assert_close(alone.scores, trained.scores)
     assert alone.losses == {}
