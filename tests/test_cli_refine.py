@@ -15,12 +15,13 @@ from PIL import Image
 from ssod_fast import cli
 from ssod_fast.data import read_coco
 from ssod_fast.data.synthetic import write_scenes
+from ssod_fast.data.views import ViewConfig
 from ssod_fast.report.refined import write_pictures
 from ssod_fast.structures import Target
 from ssod_fast.training.build import build_student
 from ssod_fast.training.config import config_from_tree, read_tree
 from ssod_fast.training.metrics import read_lines
-from ssod_fast.training.refine import SavedRefiner, _structure, load_refiner, refine_set
+from ssod_fast.training.refine import SavedRefiner, _structure, load_refiner, refine_set, write_refined
 from ssod_fast.training.tree import ConfigError
 
 MODEL = ["--model", "torchvision:fasterrcnn_tiny_fpn", "--model-options", "fpn_channels=16", "representation_size=16"]
@@ -145,8 +146,6 @@ def test_refined_boxes_land_where_the_refiner_put_them(noisy: Path) -> None:
             results.append(Target(boxes=clean[key] * scale, labels=target["labels"], scores=torch.ones(len(target["labels"]))))
         return results
 
-    from ssod_fast.data.views import ViewConfig
-
     refiner = SavedRefiner(oracle, list(data.classes), ViewConfig(test_short_side=128, max_side=500), torch.device("cpu"))
     result = refine_set(data, refiner)
     assert result.before is not None
@@ -159,8 +158,6 @@ def test_refined_boxes_land_where_the_refiner_put_them(noisy: Path) -> None:
 
 
 def test_boxes_that_vanish_and_images_that_cannot_be_read_stay(noisy: Path, tmp_path: Path) -> None:
-    from ssod_fast.data.views import ViewConfig
-
     data = read_coco(noisy)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     data = dataclasses.replace(data, records=[dataclasses.replace(data.records[0], path=tmp_path / "broken.jpg"), *data.records[1:]])
@@ -175,6 +172,35 @@ def test_boxes_that_vanish_and_images_that_cannot_be_read_stay(noisy: Path, tmp_
     assert float(result.refined.targets[0]["scores"].sum()) == 0
     assert len(write_pictures(data, result.refined, tmp_path / "pictures", 1)) == 0
     assert len(write_pictures(data, result.refined, tmp_path / "pictures", 99)) == 5
+
+
+def test_crowd_regions_stay_between_refined_boxes(noisy: Path, tmp_path: Path) -> None:
+    """Rows of regions are no rows of boxes: each box keeps its own numbers, and areas follow the refined boxes."""
+    raw = json.loads(noisy.read_text())
+    crowd = {**raw["annotations"][0], "id": 9999, "iscrowd": 1, "bbox": [1, 1, 9, 9], "area": 81}
+    del crowd["true_bbox"]
+    raw["annotations"].insert(0, crowd)
+    file = noisy.parent / "crowd.json"
+    file.write_text(json.dumps(raw))
+    data = read_coco(file)
+
+    def shift(images: list[torch.Tensor], targets: list[Target]) -> list[Target]:
+        halves = [torch.cat([t["boxes"][:, :2], t["boxes"][:, :2] + (t["boxes"][:, 2:] - t["boxes"][:, :2]) / 2], 1) for t in targets]
+        return [Target(boxes=b, labels=t["labels"], scores=torch.ones(len(b))) for b, t in zip(halves, targets, strict=True)]
+
+    result = refine_set(data, SavedRefiner(shift, list(data.classes), ViewConfig(test_short_side=64, max_side=96), torch.device("cpu")))
+    rows = json.loads(write_refined(result, tmp_path, {})[0].read_text())["annotations"]
+    boxes = [row for row in rows if not row["iscrowd"]]
+    assert len(rows) == len(boxes) + 1
+    (region,) = (row for row in rows if row["iscrowd"])
+    assert region["bbox"] == [1, 1, 9, 9]
+    assert not {"true_bbox", "noisy_bbox", "refined_score"} & region.keys()
+    assert len(boxes) == len(raw["annotations"]) - 1
+    for row, before in zip(boxes, raw["annotations"][1:], strict=True):
+        assert row["noisy_bbox"] == pytest.approx(before["bbox"], abs=1e-3)
+        assert row["true_bbox"] == pytest.approx(before["true_bbox"], abs=1e-3)
+        assert row["bbox"][2:] == pytest.approx([side / 2 for side in before["bbox"][2:]], abs=1e-3)
+        assert row["area"] == pytest.approx(row["bbox"][2] * row["bbox"][3], rel=1e-4)
 
 
 @pytest.mark.parametrize(
