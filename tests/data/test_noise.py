@@ -17,6 +17,7 @@ from toy_data import coco_dict, write_coco, write_voc, write_yolo
 
 from ssod_fast.data import LabeledBatch, NoiseConfig, ViewConfig, add_noise, box_accuracy, labeled_view, read_coco, write_noise
 from ssod_fast.data.noise import CROWD, IGNORED, MALFORMED, OUTSIDE, TINY, VANISHED, jitter_boxes
+from ssod_fast.structures import Target
 
 GOLDEN = [(100, 60, 180, 160), (0, 0, 80, 100), (470, 350, 499, 399)]  # in an image of 500 x 400, seed 45, level .4
 MOVED = [(138.2904, 80.8720, 204.3031, 147.0552), (10.8933, 11.2917, 61.9988, 84.3576), (456.9583, 352.0517, 494.2218, 399.0)]
@@ -268,3 +269,12 @@ def test_right_boxes_follow_their_view_and_rows_without_one_count_as_right(tmp_p
     torch.testing.assert_close(target["clean_boxes"][1], torch.tensor([128.0 - 52, 20, 128 - 12, 76]))
     batch = LabeledBatch([view.image], [target]).to("cpu")
     assert batch.targets[0]["clean_boxes"].dtype == torch.float32
+
+
+def test_right_boxes_leave_with_the_noisy_ones_that_a_view_drops() -> None:
+    boxes = torch.tensor([[70.0, 5, 90, 20], [4, 4, 30, 30]])  # the first one lies outside of the image
+    target = Target(boxes=boxes, labels=torch.tensor([0, 1]), clean_boxes=torch.tensor([[50.0, 5, 60, 20], [5, 5, 31, 31]]))
+    config = ViewConfig(short_side=(48, 48), max_side=500, flip=0.0, colour_ops=())
+    _, seen = labeled_view(torch.zeros(3, 48, 64, dtype=torch.uint8), target, config, np.random.default_rng(0))
+    assert seen["labels"].tolist() == [1]
+    torch.testing.assert_close(seen["clean_boxes"], torch.tensor([[5.0, 5, 31, 31]]))
