@@ -236,7 +236,8 @@ def write_noise(
         raw, stem = _read_other(path, out, kind, split, config)
     noise = add_noise(raw, config, every_box=kind == "voc", source=path)
     seed = "" if config.noise_seed == PUBLISHED_SEED else f"-s{config.noise_seed}"
-    file = out / f"{stem}_noise-r{config.noise_level:g}{seed}.json"
+    clip = "" if config.noise_clip == "official" else f"-{config.noise_clip}"
+    file = out / f"{stem}_noise-r{config.noise_level:g}{seed}{clip}.json"
     file.write_text(json.dumps(raw))
     manifest = _manifest(path, file, config, noise)
     manifest_file = file.with_suffix(".manifest.json")

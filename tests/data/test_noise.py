@@ -233,6 +233,9 @@ def test_files_of_a_coco_set(tmp_path: Path) -> None:
     third = write_noise(tmp_path / "set", tmp_path / "other", NoiseConfig(noise_seed=46))
     assert third.annotations.name == "instances_train_noise-r0.4-s46.json"
     assert third.manifest["boxes_sha256"] != manifest["boxes_sha256"]
+    fourth = write_noise(tmp_path / "set", tmp_path / "other", NoiseConfig(noise_clip="image"))
+    assert fourth.annotations.name == "instances_train_noise-r0.4-image.json"
+    assert again.annotations.is_file()
 
 
 def test_formats_give_the_same_boxes(tmp_path: Path) -> None:
