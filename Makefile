@@ -47,6 +47,7 @@ format: .venv/.dev
 bench: .venv/.built .venv/.dev
 	.venv/bin/python benchmarks/run.py --device cpu
 	.venv/bin/python benchmarks/dropin/transformers_models.py --device cpu
+	.venv/bin/python benchmarks/detectors/deformable_detr.py --device cpu
 
 # The link and the safe path keep the repository root, where a folder called kernels lies, off sys.path.
 gpu:

@@ -9,7 +9,6 @@ benchmarks/RESULTS.md. Needs transformers.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -26,15 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dropin"))
 
 from transformers_models import shake
 
-from harness import OURS, QUICK, Case, Effort, Row, rotate
-from machine import describe
-from report import merge, write_report
-from run import HERE, RESULTS, time_cases
+from harness import OURS, Case, Effort, rotate
 from ssod_fast.detectors import ImageBatch
 from ssod_fast.detectors.deformable_detr import DeformableDETR, DETRBackbone, DETRCriterion, DETRDetector
 from ssod_fast.detectors.deformable_detr.convert import config_from_transformers, from_transformers
 from ssod_fast.dropin import transformers as dropin
 from ssod_fast.structures import PaddedTargets, Target
+from whole_models import run_cases
 
 OP = "deformable_detr"
 PATCHED, UNPATCHED = "transformers, our ops", "transformers"
@@ -223,23 +220,5 @@ def check_losses(models: dict[str, nn.Module], batch: Scene) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="small images, few samples: proves that everything runs")
-    parser.add_argument("--threads", type=int, default=1, help="intra-op threads (default: 1)")
-    parser.add_argument("--out", type=Path, help="folder of the csv file (default: benchmarks/results)")
-    args = parser.parse_args()
-    out: Path | None = args.out or (None if args.quick else RESULTS)
-    machine = describe(args.device, args.threads)
-    rows: list[Row] = []
-    for case in cases(torch.device(args.device), args.quick):
-        rows += time_cases([case], machine, QUICK if args.quick else EFFORT)
-        if out is not None:  # after every case, so that an interrupted run keeps what it has
-            merge(out / f"{machine.slug}.csv", rows)
-    if out is not None:
-        write_report(out, HERE / "RESULTS.md" if out == RESULTS else out / "RESULTS.md")
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, cases, EFFORT)

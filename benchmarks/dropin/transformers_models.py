@@ -8,7 +8,6 @@ pixels. Rows go to the file of the machine in benchmarks/results/, and from ther
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -20,11 +19,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the harness
 
-from harness import OURS, QUICK, Case, Effort, Row, rotate
-from machine import describe
-from report import merge, write_report
-from run import HERE, RESULTS, time_cases
+from harness import OURS, Case, Effort, rotate
 from ssod_fast.dropin import transformers as dropin
+from whole_models import run_cases
 
 OP = "transformers_models"
 CORE_ONLY, ATTENTION_ONLY, UNPATCHED = "ours, fused=False", "ours without set_loss", "transformers"
@@ -161,23 +158,5 @@ def check_losses(models: dict[str, nn.Module], batch: Batch) -> None:
         torch.testing.assert_close(loss, losses[-1], rtol=1e-3, atol=1e-3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="small images, few samples: proves that everything runs")
-    parser.add_argument("--threads", type=int, default=1, help="intra-op threads (default: 1)")
-    parser.add_argument("--out", type=Path, help="folder of the csv file (default: benchmarks/results)")
-    args = parser.parse_args()
-    out: Path | None = args.out or (None if args.quick else RESULTS)
-    machine = describe(args.device, args.threads)
-    rows: list[Row] = []
-    for case in cases(torch.device(args.device), args.quick):
-        rows += time_cases([case], machine, QUICK if args.quick else EFFORT)
-        if out is not None:  # after every case, so that an interrupted run keeps what it has
-            merge(out / f"{machine.slug}.csv", rows)
-    if out is not None:
-        write_report(out, HERE / "RESULTS.md" if out == RESULTS else out / "RESULTS.md")
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, cases, EFFORT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,7 @@ class DETRCriterion:
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} must be a finite number >= 0, got {value}")
+        check_weights(self)
         if self.cls_cost == self.l1_cost == self.giou_cost == 0:
             raise ValueError("cls_cost, l1_cost and giou_cost must not all be 0")
         if self.alpha > 1:
@@ -159,3 +155,13 @@ def normalised_targets(targets: PaddedTargets, image_hw: Tensor, num_classes: in
 def objectness_targets(targets: PaddedTargets) -> PaddedTargets:
     """The same targets, all of class 0: what a head learns whose first column says that there is an object, whatever it is."""
     return dataclasses.replace(targets, labels=torch.zeros_like(targets.labels))
+
+
+def check_weights(options: Any) -> None:
+    """Refuses a dataclass of weights with a field that is no finite number >= 0, by its name."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{field.name} must be a number, got {value!r}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{field.name} must be a finite number >= 0, got {value}")

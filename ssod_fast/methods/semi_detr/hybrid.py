@@ -18,6 +18,7 @@ from torchvision.ops import box_convert
 from ssod_fast.criterion import matched_box_losses, matched_focal_loss
 from ssod_fast.criterion.gather import mean_over_ranks
 from ssod_fast.criterion.losses import _bce, _ClassTerms, _modulated, _wide
+from ssod_fast.detectors.deformable_detr.criterion import check_weights
 from ssod_fast.ops import OneToMany, PackedTargets, match, one_to_many_assign, pack_targets, paired_box_iou
 from ssod_fast.ops.packed_targets import AnyTargets
 
@@ -70,12 +71,7 @@ class HybridMatching:
     focal_gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be a number, got {value!r}")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} must be a finite number >= 0, got {value}")
+        check_weights(self)
 
     def losses(self, logits: Tensor, boxes: Tensor, targets: AnyTargets, stage: MatchingStage, *, prefix: str = "") -> dict[str, Tensor]:
         """Weighted losses, three scalars with a graph even where there is no target. Nothing waits for the device.
